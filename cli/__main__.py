@@ -1,0 +1,5 @@
+"""``python -m unlearn.cli`` (and ``torchrun -m unlearn.cli``)."""
+
+from unlearn.cli.main import main
+
+main()

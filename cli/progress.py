@@ -1,0 +1,200 @@
+"""Progress on stderr: a live panel on a terminal, plain lines elsewhere (logs, pipes, CI)."""
+
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+Emit = Callable[[dict[str, Any]], None]
+
+BLOCKS = "▁▂▃▄▅▆▇█"
+STAGES = {
+    "start": "reading the recipe and the data",
+    "load": "loading the model",
+    "benchmark": "measuring",
+    "reference": "scoring under the starting model",
+    "train": "unlearning",
+    "save": "saving the model",
+}
+
+
+@contextmanager
+def listening() -> Iterator[Emit]:
+    """Give a function that shows events as they come."""
+    if not sys.stderr.isatty():
+        yield PlainLines().show
+        return
+    panel = LivePanel()
+    with panel.live:
+        yield panel.show
+
+
+def describe(event: dict[str, Any]) -> str:
+    """Name a stage in words."""
+    text = STAGES.get(event["stage"], event["stage"])
+    detail = event.get("name") or event.get("stream") or ""
+    if event.get("resumed_from"):
+        detail = f"from {event['resumed_from']}"
+    return f"{text} {detail}".strip()
+
+
+def readings(event: dict[str, Any]) -> dict[str, float]:
+    """Give the per-stream numbers of a step event: ``forget/nll`` and the terms."""
+    return {key: value for key, value in event.items() if "/" in key}
+
+
+def size(num_bytes: float) -> str:
+    """Write a number of bytes for people."""
+    for unit in ("B", "KiB", "MiB"):
+        if num_bytes < 1024:
+            return f"{num_bytes:.0f} {unit}"
+        num_bytes /= 1024
+    return f"{num_bytes:.1f} GiB"
+
+
+def clock(seconds: float) -> str:
+    """Write a duration as m:ss or h:mm:ss."""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def remaining(event: dict[str, Any], first: dict[str, Any]) -> float:
+    """Estimate the seconds left from the steps seen in this session."""
+    seen = event["step"] - first["step"] + 1
+    return event["seconds"] / seen * (event["of"] - event["step"])
+
+
+def sparkline(values: Any, width: int = 32) -> str:
+    """Draw a series of numbers in one line of block characters."""
+    values = list(values)
+    picks = [values[int(i * len(values) / width)] for i in range(width)]
+    picks = picks if len(values) > width else values
+    low, high = min(picks), max(picks)
+    scale = (len(BLOCKS) - 1) / (high - low or 1)
+    return "".join(BLOCKS[round((value - low) * scale)] for value in picks)
+
+
+class PlainLines:
+    """One line per stage, and for steps and batches one line every few seconds."""
+
+    def __init__(self, seconds: float = 2.0) -> None:
+        self.seconds = seconds
+        self.last = 0.0
+        self.first: dict[str, Any] | None = None
+
+    def show(self, event: dict[str, Any]) -> None:
+        line = self._line(event)
+        if line:
+            print(line, file=sys.stderr, flush=True)
+
+    def _line(self, event: dict[str, Any]) -> str:
+        kind = event["event"]
+        if kind == "stage":
+            self.first = None
+            return f"[{time.strftime('%H:%M:%S')}] {describe(event)}"
+        if kind == "metrics":
+            return "  " + ", ".join(f"{key} {value:.3f}" for key, value in event["metrics"].items())
+        if kind == "unmoved":
+            return f"  warning: no update reached {', '.join(event['tensors'][:5])}"
+        if kind == "warning":
+            return f"  warning: {event['message']}"
+        if kind not in ("step", "progress") or not self._due(event):
+            return ""
+        if kind == "progress":
+            return f"  {event['what']} {event['done']}/{event['total']}"
+        self.first = self.first or event
+        numbers = ", ".join(f"{key} {value:.3f}" for key, value in readings(event).items())
+        left = clock(remaining(event, self.first))
+        return f"  step {event['step']}/{event['of']}: {numbers} ({left} left)"
+
+    def _due(self, event: dict[str, Any]) -> bool:
+        ends = event.get("step") == event.get("of", 0) or event.get("done") == event.get("total", 0)
+        if not ends and time.monotonic() - self.last < self.seconds:
+            return False
+        self.last = time.monotonic()
+        return True
+
+
+class LivePanel:
+    """The stages done so far, and for the one under way a bar, curves, ETA and memory."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+        from rich.live import Live
+
+        self.console = Console(stderr=True)
+        self.live = Live(console=self.console, refresh_per_second=8, get_renderable=self.render)
+        self.stage = ""
+        self.detail = ""
+        self.done, self.total = 0, 0
+        self.first: dict[str, Any] | None = None
+        self.series: dict[str, deque[float]] = {}
+        self.started = time.monotonic()
+
+    def show(self, event: dict[str, Any]) -> None:
+        kind = event["event"]
+        if kind == "stage":
+            self._finish_stage()
+            self.stage, self.started = describe(event), time.monotonic()
+        elif kind == "progress":
+            self.detail, self.done, self.total = event["what"], event["done"], event["total"]
+        elif kind == "step":
+            self._step(event)
+        elif kind == "metrics":
+            pairs = event["metrics"].items()
+            numbers = "  ".join(f"{key} [bold]{value:.3f}[/bold]" for key, value in pairs)
+            self.console.print(f"    {numbers}", highlight=False)
+        elif kind == "unmoved":
+            names = ", ".join(event["tensors"][:5])
+            self.console.print(f"    [yellow]no update reached {names}[/yellow]")
+        elif kind == "warning":
+            self.console.print(f"    [yellow]{event['message']}[/yellow]")
+
+    def _finish_stage(self) -> None:
+        if self.stage:
+            seconds = clock(time.monotonic() - self.started)
+            self.console.print(f"  [green]✓[/green] {self.stage} [dim]{seconds}[/dim]")
+            if self.series:
+                self.console.print(self._curves())
+        self.stage = self.detail = ""
+        self.done = self.total = 0
+        self.first = None
+        self.series = {}
+
+    def _step(self, event: dict[str, Any]) -> None:
+        self.first = self.first or event
+        self.done, self.total = event["step"], event["of"]
+        left, memory = clock(remaining(event, self.first)), size(event["memory_bytes"])
+        self.detail = f"{left} left · peak memory {memory} · rate {event['learning_rate']:.1e}"
+        for name, value in readings(event).items():
+            if name.endswith("/nll"):
+                self.series.setdefault(name, deque(maxlen=4096)).append(value)
+
+    def _curves(self) -> Any:
+        from rich.table import Table
+
+        table = Table.grid(padding=(0, 2))
+        for name, values in self.series.items():
+            stream = name.split("/")[0]
+            colour = "red" if stream == "forget" else "cyan"
+            ends = f"{values[0]:.2f} → {values[-1]:.2f} nats per token"
+            table.add_row(f"    {stream} loss", f"[{colour}]{sparkline(values)}[/{colour}]", ends)
+        return table
+
+    def render(self) -> Any:
+        from rich.console import Group
+        from rich.progress_bar import ProgressBar
+        from rich.spinner import Spinner
+        from rich.table import Table
+
+        if not self.stage:
+            return ""
+        head = Table.grid(padding=(0, 2))
+        row: list[Any] = [Spinner("dots"), f"[bold]{self.stage}[/bold]"]
+        if self.total:
+            row += [ProgressBar(self.total, self.done, width=28), f"{self.done}/{self.total}"]
+        head.add_row(*row, f"[dim]{self.detail}[/dim]")
+        return Group(head, self._curves()) if self.series else head

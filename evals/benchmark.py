@@ -1,0 +1,344 @@
+"""Benchmarks: a model becomes numbers with a direction, a standard error and per-row records."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import torch
+
+from unlearn.data.collate import IGNORE, batches_by_length, pad
+from unlearn.data.encode import Example, pad_token_id
+from unlearn.data.rows import row_kind
+from unlearn.data.templates import Template
+from unlearn.evals.generate import evaluation_mode, generate
+from unlearn.evals.metrics import extraction_strength, probability, rouge_l_recall
+from unlearn.scores import Scorer, Scores
+
+Direction = Literal["lower", "higher", "none"]
+Progress = Callable[[str, int, int], None]
+Record = dict[str, Any]
+
+MEASURES = {
+    "Q_A_Prob": "prob",
+    "Q_A_ROUGE": "rouge_l_recall",
+    "extraction_strength": "extraction_strength",
+}
+"""Metric name without its split -> the field of the records it is the mean of."""
+
+GENERATION_BUDGET = 4
+"""Writing one token at a time needs far less memory than scoring whole rows: larger batches."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A mean over rows, what is wanted of it, and how sure it is.
+
+    ``standard_error`` is that of the mean over the rows (sample deviation / sqrt(n)); None when
+    there is one row. Both are NaN when the model gave a row no finite number.
+    """
+
+    value: float
+    direction: Direction
+    standard_error: float | None
+    n: int
+
+    @classmethod
+    def mean(cls, values: Sequence[float], direction: Direction) -> "Metric":
+        """Average per-row values."""
+        n = len(values)
+        mean = math.fsum(values) / n
+        if n < 2:
+            return cls(mean, direction, None, n)
+        variance = math.fsum((value - mean) ** 2 for value in values) / (n - 1)
+        return cls(mean, direction, math.sqrt(variance / n), n)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give plain values; what is not a finite number becomes null."""
+        return {
+            "value": _finite(self.value),
+            "standard_error": _finite(self.standard_error),
+            "n": self.n,
+            "direction": self.direction,
+        }
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a benchmark found: metrics, one record per example, and how it was run."""
+
+    benchmark: str
+    version: str
+    metrics: dict[str, Metric]
+    records: list[Record]
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def values(self) -> dict[str, float | None]:
+        """Give the bare numbers, null where there is none."""
+        return {name: _finite(metric.value) for name, metric in self.metrics.items()}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give everything as JSON knows it."""
+        return {
+            "benchmark": self.benchmark,
+            "version": self.version,
+            "settings": self.settings,
+            "metrics": {name: metric.to_dict() for name, metric in self.metrics.items()},
+            "records": [{key: _finite(value) for key, value in r.items()} for r in self.records],
+        }
+
+
+class Benchmark(Protocol):
+    """Anything that turns a model into numbers."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def version(self) -> str:
+        """Raised whenever the same model could get other numbers."""
+        ...
+
+    def run(self, model: Any, tokenizer: Any, *, progress: Progress = ...) -> Result: ...
+
+
+@dataclass(frozen=True)
+class Split:
+    """Rows, the same rows as tokens, and how they were written."""
+
+    rows: Sequence[Mapping[str, Any]]
+    examples: Sequence[Example]
+    template: Template
+
+    def first(self, max_rows: int | None) -> "Split":
+        """Keep the first rows only; None keeps all."""
+        rows = self.rows[:max_rows]
+        kept = [example for example in self.examples if example.row < len(rows)]
+        return Split(rows, kept, self.template)
+
+
+@dataclass(frozen=True)
+class ForgetRetain:
+    """How much of the forget set is still there and how much of the retain set was kept.
+
+    Per split: ``Q_A_Prob``, ``Q_A_ROUGE`` and ``extraction_strength`` (see
+    :mod:`unlearn.evals.metrics`), from one teacher-forced pass and one generation pass. Each metric
+    is a mean over examples; a text that was cut into windows counts once per window. Rows of plain
+    text have no question, so ROUGE leaves them out.
+    """
+
+    forget: Split
+    retain: Split | None = None
+    max_rows: int | None = 400
+    generate: bool = True
+    max_new_tokens: int = 200
+    batch_tokens: int = 8192
+
+    name = "forget_retain"
+    version = "1"
+
+    @property
+    def splits(self) -> dict[str, Split]:
+        """Give the splits as they are evaluated, by name."""
+        return {name: split.first(self.max_rows) for name, split in self._given().items()}
+
+    def run(
+        self, model: Any, tokenizer: Any, *, progress: Progress = lambda stage, done, total: None
+    ) -> Result:
+        """Evaluate; ``progress`` is told (stage, rows done, rows in all)."""
+        metrics: dict[str, Metric] = {}
+        records: list[Record] = []
+        with evaluation_mode(model):
+            scorer = Scorer.for_model(model)
+            for name, split in self.splits.items():
+                found = self._records(name, split, model, tokenizer, scorer, progress)
+                metrics |= _metrics(name, found)
+                records += found
+        return Result(self.name, self.version, metrics, records, self._settings())
+
+    def _records(
+        self,
+        name: str,
+        split: Split,
+        model: Any,
+        tokenizer: Any,
+        scorer: Scorer,
+        progress: Progress,
+    ) -> list[Record]:
+        readings = score_examples(
+            scorer,
+            model,
+            split.examples,
+            pad_id=pad_token_id(tokenizer),
+            batch_tokens=self.batch_tokens,
+            progress=lambda done, total: progress(f"{name}: scoring", done, total),
+        )
+        records = [
+            {"split": name, "row": example.row, **_texts(split.rows[example.row]), **reading.record}
+            for example, reading in zip(split.examples, readings, strict=True)
+        ]
+        asked = [place for place, record in enumerate(records) if record["question"] is not None]
+        if not self.generate or not asked:
+            return records
+        prompts = [_prompt(split, place, tokenizer) for place in asked]
+        answers = generate(
+            model,
+            tokenizer,
+            prompts,
+            known=[
+                _known(split.examples[place], readings[place], prompt)
+                for place, prompt in zip(asked, prompts, strict=True)
+            ],
+            max_new_tokens=self.max_new_tokens,
+            token_budget=GENERATION_BUDGET * self.batch_tokens,
+            progress=lambda done, total: progress(f"{name}: answering", done, total),
+        )
+        for place, answer in zip(asked, answers, strict=True):
+            recall = rouge_l_recall(records[place]["answer"], answer)
+            records[place] |= {"generation": answer, "rouge_l_recall": recall}
+        return records
+
+    def _settings(self) -> dict[str, Any]:
+        given, used = self._given(), self.splits
+        return {
+            "max_rows": self.max_rows,
+            "generate": self.generate,
+            "max_new_tokens": self.max_new_tokens,
+            "rows": {
+                name: {"evaluated": len(used[name].rows), "given": len(split.rows)}
+                for name, split in given.items()
+            },
+        }
+
+    def _given(self) -> dict[str, Split]:
+        splits = {"forget": self.forget, "retain": self.retain}
+        return {name: split for name, split in splits.items() if split is not None}
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What the teacher-forced pass says about one example.
+
+    ``hits`` has one entry per token: whether it is labelled and was the likeliest next token.
+    """
+
+    record: Record
+    hits: list[bool]
+
+
+def score_examples(
+    scorer: Scorer,
+    model: Any,
+    examples: Sequence[Example],
+    *,
+    pad_id: int,
+    batch_tokens: int,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Reading]:
+    """Score every example once, in batches of similar length; readings come in input order."""
+    found: list[Reading | None] = [None] * len(examples)
+    device = next(model.parameters()).device
+    done = 0
+    with evaluation_mode(model):
+        for group in batches_by_length([len(e.input_ids) for e in examples], batch_tokens):
+            batch = pad([examples[place] for place in group], pad_id)
+            batch = {key: value.to(device) for key, value in batch.items()}
+            scores = scorer(model, batch, want={"correct"})
+            for place, reading in zip(group, _readings(scores), strict=True):
+                found[place] = reading
+            done += len(group)
+            progress(done, len(examples))
+    return [reading for reading in found if reading is not None]
+
+
+def _readings(scores: Scores) -> Iterator[Reading]:
+    assert scores.correct is not None
+    columns = {
+        "prob": probability(scores),
+        "avg_loss": -scores.sequence / scores.num_tokens,
+        "num_tokens": scores.num_tokens,
+        "extraction_strength": extraction_strength(scores.correct, scores.mask),
+    }
+    rows = zip(*(column.tolist() for column in columns.values()), strict=True)
+    # the prediction made at t is about token t+1
+    hits = torch.nn.functional.pad(scores.correct, (1, 0))[:, :-1].tolist()
+    for values, row_hits in zip(rows, hits, strict=True):
+        record = dict(zip(columns, values, strict=True))
+        if record["num_tokens"] < 2:  # nothing but the end of the answer: nothing to extract
+            record["extraction_strength"] = None
+        yield Reading(record, row_hits)
+
+
+def _metrics(split: str, records: Sequence[Record]) -> dict[str, Metric]:
+    direction: Direction = "lower" if split == "forget" else "higher"
+    columns = {
+        f"{split}_{name}": [r[key] for r in records if r.get(key) is not None]
+        for name, key in MEASURES.items()
+    }
+    return {name: Metric.mean(column, direction) for name, column in columns.items() if column}
+
+
+def _texts(row: Mapping[str, Any]) -> dict[str, str | None]:
+    """Give the question and the true answer of a row, as the dataset has them."""
+    kind = row_kind(row)
+    if kind == "qa":
+        return {"question": row["question"], "answer": row["answer"]}
+    if kind == "completion":
+        return {"question": row["prompt"], "answer": row["completion"]}
+    if kind == "text":
+        return {"question": None, "answer": row["text"]}
+    turns = row["messages"]
+    last = max(place for place, turn in enumerate(turns) if turn["role"] == "assistant")
+    asked = [turn["content"] for turn in turns[:last] if turn["role"] == "user"]
+    return {"question": asked[-1] if asked else "", "answer": turns[last]["content"]}
+
+
+def _prompt(split: Split, place: int, tokenizer: Any) -> list[int]:
+    """Tokenise the prompt of one example on its own.
+
+    Cut from the whole text, its last token could be one that merged with the answer and gives the
+    answer's beginning away.
+    """
+    example = split.examples[place]
+    return split.template.prompt_ids(split.rows[example.row], tokenizer)
+
+
+def _known(example: Example, reading: Reading, prompt: Sequence[int]) -> list[int]:
+    """Give the first tokens of the true answer that greedy decoding is known to choose.
+
+    Where the teacher-forced prediction is right, greedy decoding writes the same token and stands
+    before the same context; so right predictions at the start of an answer need no decoding.
+    """
+    start = len(prompt)
+    if example.input_ids[:start] != list(prompt):
+        return []
+    end = start
+    while end < len(example.input_ids) and example.labels[end] != IGNORE and reading.hits[end]:
+        end += 1
+    return example.input_ids[start:end]
+
+
+def side_by_side(results: Mapping[str, Mapping[str, Any]], *, per_split: int = 5) -> list[Record]:
+    """Set the answers of several models to the same questions side by side, for a report.
+
+    ``results`` maps a column name (``before``, ``after``, ``retain_model``) to a result as
+    :meth:`Result.to_dict` gives it; the first rows of each split that every model answered are
+    taken.
+    """
+    answers = {
+        name: {(r["split"], r["row"]): r for r in result["records"] if "generation" in r}
+        for name, result in results.items()
+    }
+    first, *others = answers.values() if answers else [{}]
+    shared = [key for key in first if all(key in other for other in others)]
+    chosen: list[Record] = []
+    for name in dict.fromkeys(split for split, _ in shared):
+        for key in [key for key in shared if key[0] == name][:per_split]:
+            true = {field: first[key][field] for field in ("split", "question", "answer")}
+            chosen.append(true | {who: rows[key]["generation"] for who, rows in answers.items()})
+    return chosen
+
+
+def _finite(value: Any) -> Any:
+    """Turn NaN and infinities, which JSON does not know, into None."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value

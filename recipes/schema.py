@@ -1,0 +1,265 @@
+"""What one experiment is: a frozen, strict, typed description. Defaults live here and only here.
+
+YAML on disk carries what differs. ``unlearn.recipes.files`` reads, changes, checks and writes it.
+This module must stay importable without torch.
+"""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+from unlearn.errors import UserError
+from unlearn.recipes.passthrough import KNOWN_OPTIMIZERS, check_optimizer, passthrough_mistakes
+
+Stream = Literal["forget", "retain"]
+Scheduler = Literal[
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "cosine_with_min_lr",
+    "cosine_warmup_with_min_lr",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
+    "warmup_stable_decay",
+]
+"""Learning-rate schedules of transformers that need no evaluation loss."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        allow_inf_nan=False,
+        protected_namespaces=(),
+        use_attribute_docstrings=True,
+    )
+
+
+class LoraSection(_Section):
+    """Low-rank adapters: only they are trained, the weights below stay as they are."""
+
+    rank: int = Field(default=16, ge=1)
+    """Rank of the two small matrices per layer; memory and capacity grow with it."""
+    alpha: float = Field(default=32.0, gt=0)
+    """Scale: the update is multiplied by alpha / rank."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Share of adapter inputs dropped while training."""
+    targets: (
+        Literal["all-linear"] | Annotated[tuple[str, ...], Field(strict=False, min_length=1)]
+    ) = "all-linear"
+    """Layers that get adapters: `all-linear`, or names such as [q_proj, v_proj]."""
+
+
+class ModelSection(_Section):
+    """The model to change, and how it is loaded."""
+
+    path: str | None = Field(default=None, min_length=1)
+    """Folder or hub name of the model to change (the target). Required to run."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub model."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Precision of the weights; auto is bfloat16 on CUDA and float32 elsewhere."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Only for models whose code you have read."""
+    lora: LoraSection | None = None
+    """Train low-rank adapters instead of all weights; `{}` takes the defaults."""
+    quantize: Literal["nf4"] | None = None
+    """Load frozen weights in 4 bits (QLoRA); needs `lora` and bitsandbytes."""
+    retain_model: str | None = Field(default=None, min_length=1)
+    """Model trained without the forget set: what perfect unlearning looks like, for the report."""
+
+    @field_validator("quantize")
+    @classmethod
+    def _quantized_weights_are_frozen(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if value and info.data.get("lora", "invalid") is None:
+            raise ValueError(
+                f"{value!r} given without lora; 4-bit weights cannot be trained themselves: "
+                "add `lora: {}` (or --lora), or leave quantize out"
+            )
+        return value
+
+
+def _has_question(template: str | None) -> str | None:
+    if template is not None and "{question}" not in template:
+        raise ValueError(f"{template!r} given; must contain {{question}}, where the prompt goes")
+    return template
+
+
+class DataSection(_Section):
+    """What to forget, what to keep, and how a row becomes text."""
+
+    forget: str | None = Field(default=None, min_length=1)
+    """Rows to forget: FILE or FOLDER or hub dataset, then #CONFIG and :SPLIT. Required to run."""
+    retain: str | None = Field(default=None, min_length=1)
+    """Rows to keep, in the same form. Required when a term is on retain."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """Standard name -> column in the file, for instance {question: q, answer: a}."""
+    template: Annotated[str | None, AfterValidator(_has_question)] = None
+    """Prompt text with {question}; the answer follows directly. null: the chat template."""
+    system_prompt: str | None = None
+    """System message put before every prompt, for chat templates that know one."""
+    template_args: dict[str, Any] = Field(default_factory=dict)
+    """Variables handed to the chat template, for instance {date_string: 10 Apr 2025}."""
+    max_length: int = Field(default=512, ge=2)
+    """Longest sequence, in tokens; longer text rows are cut into windows."""
+
+
+class Term(_Section):
+    """A weighted objective on a stream of rows. Other keys are the objective's hyperparameters."""
+
+    model_config = ConfigDict(extra="allow")
+
+    objective: str = Field(min_length=1)
+    """What is minimised, for instance npo or nll."""
+    on: Stream
+    """The rows it sees."""
+    weight: float = Field(default=1.0, ge=0)
+    """Factor in the total loss; gamma (forget) and alpha (retain) in the literature."""
+
+    @property
+    def hyper(self) -> dict[str, Any]:
+        """The objective's hyperparameters, as written."""
+        return dict(self.__pydantic_extra__ or {})
+
+
+def _steps(value: int) -> int:
+    if value == 0 or value < -1:
+        raise ValueError(
+            f"{value} given; must be a number of steps above 0, or -1 for whole epochs"
+        )
+    return value
+
+
+class TrainingSection(_Section):
+    """Settings of the optimisation, named as in transformers.TrainingArguments.
+
+    Any other field of TrainingArguments may be given too, unless the pipeline owns it.
+    """
+
+    model_config = ConfigDict(extra="allow")
+
+    num_train_epochs: float = Field(default=10.0, gt=0)
+    """Passes over the forget set; each forget row meets another retain row every time."""
+    max_steps: Annotated[int, AfterValidator(_steps)] = -1
+    """Optimiser steps; -1 leaves it to num_train_epochs."""
+    per_device_train_batch_size: int = Field(default=8, ge=1)
+    """Forget rows in one forward pass per device; as many retain rows join them."""
+    gradient_accumulation_steps: int = Field(default=4, ge=1)
+    """Forward passes per optimiser step; changes memory, not the step."""
+    learning_rate: float = Field(default=1e-5, gt=0)
+    """Highest learning rate, reached after the warm-up."""
+    lr_scheduler_type: Scheduler = "linear"
+    """How the learning rate falls after the warm-up."""
+    warmup_epochs: float = Field(default=1.0, ge=0)
+    """Length of the warm-up in passes over the forget set; ignored when warmup_steps is given."""
+    warmup_steps: int | None = Field(default=None, ge=0)
+    """Length of the warm-up in optimiser steps."""
+    weight_decay: float = Field(default=0.01, ge=0)
+    """Decoupled weight decay (AdamW)."""
+    max_grad_norm: float = Field(default=1.0, ge=0)
+    """Gradients are scaled down to this norm; 0 leaves them alone."""
+    optim: Annotated[str, AfterValidator(check_optimizer)] = Field(
+        default="adamw_torch", examples=list(KNOWN_OPTIMIZERS)
+    )
+    """Optimiser, by its name in transformers."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: about a third slower, far less memory."""
+    save_steps: int | None = Field(default=None, ge=1)
+    """Optimiser steps between checkpoints; null saves once per epoch."""
+    save_total_limit: int | None = Field(default=2, ge=1)
+    """Checkpoints kept; null keeps all."""
+    reference: Literal["cached", "live"] = "cached"
+    """The frozen start: its scores are computed once and stored, or asked anew at every step."""
+
+    @model_validator(mode="after")
+    def _extra_keys_are_training_arguments(self) -> Self:
+        if mistakes := passthrough_mistakes(self.extras, type(self).model_fields):
+            lines = "; ".join(f"{key}: {why}" for key, why in mistakes.items())
+            raise PydanticCustomError("passthrough", "{lines}", {"lines": lines})
+        return self
+
+    @property
+    def extras(self) -> dict[str, Any]:
+        """Fields of TrainingArguments given beyond the declared ones."""
+        return dict(self.__pydantic_extra__ or {})
+
+
+class EvalsSection(_Section):
+    """How much is measured, and when."""
+
+    every: int | None = Field(default=None, ge=1)
+    """Optimiser steps between measurements; null measures only before and after."""
+    max_rows: int = Field(default=400, ge=1)
+    """Rows measured per split: the first ones."""
+    generate: bool = True
+    """Let the model write answers; ROUGE needs it, and it takes most of the time."""
+    max_new_tokens: int = Field(default=200, ge=1)
+    """Longest written answer, in tokens."""
+    batch_tokens: int = Field(default=8192, ge=1)
+    """Padded tokens per forward pass while measuring; lower it when memory runs out."""
+
+
+def _forgets(terms: tuple[Term, ...]) -> tuple[Term, ...]:
+    if not any(term.on == "forget" for term in terms):
+        raise ValueError(
+            "no term is on forget, so nothing would be forgotten; give one `on: forget`"
+        )
+    return terms
+
+
+class Recipe(_Section):
+    """One experiment: the loss is the weighted sum of the terms."""
+
+    method: str = Field(min_length=1)
+    """Name shown in reports."""
+    description: str = ""
+    """What it does, in one line."""
+    source: str = ""
+    """Where the method and its numbers come from."""
+    model: ModelSection = ModelSection()
+    data: DataSection = DataSection()
+    terms: Annotated[tuple[Term, ...], Field(strict=False), AfterValidator(_forgets)]
+    """Terms of the loss; at least one on forget."""
+    training: TrainingSection = TrainingSection()
+    evals: EvalsSection = EvalsSection()
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    """Seed of everything random: pairing, order, dropout."""
+    out: str | None = Field(default=None, min_length=1)
+    """New folder for the run. Required to run."""
+
+    def missing(self) -> list[str]:
+        """List what a run still needs, one line each, with the flag that gives it."""
+        retains = [term.objective for term in self.terms if term.on == "retain"]
+        needs = [
+            ("model.path", self.model.path, "--model, the model to change"),
+            ("data.forget", self.data.forget, "--forget, the rows to forget"),
+            ("out", self.out, "--out, a new folder for the run"),
+        ]
+        if retains:
+            why = f"--retain, the rows to keep: term '{retains[0]}' is on retain"
+            needs.insert(2, ("data.retain", self.data.retain, why))
+        return [f"{key} is missing ({why})" for key, value, why in needs if value is None]
+
+    def require_runnable(self) -> None:
+        """Refuse a recipe without model, data or output folder.
+
+        Raises:
+            UserError: names everything that is missing.
+        """
+        if missing := self.missing():
+            raise UserError(
+                "\n  ".join([f"recipe '{self.method}' cannot run yet:", *missing]),
+                "give the flags, or write the keys in the recipe",
+            )

@@ -1,0 +1,164 @@
+"""From a prepared recipe and a loaded model to a trained one: reference, arguments, trainer."""
+
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from transformers import PrinterCallback, TrainingArguments
+
+from unlearn import checkpoints, models, monitors, reference
+from unlearn.data.collate import Collator, StreamDataset
+from unlearn.errors import Interrupted
+from unlearn.packing import can_pack, packable
+from unlearn.recipes.prepare import Prepared
+from unlearn.runs import cache_folder
+from unlearn.scores import Scorer
+from unlearn.training import UnlearningTrainer
+
+Emit = Callable[[dict[str, Any]], None]
+
+
+def train(
+    prepared: Prepared,
+    model: Any,
+    folder: Path,
+    *,
+    weights_hash: str,
+    stop: monitors.StopRequest,
+    emit: Emit,
+    on_step: Callable[[Any, int], None] | None = None,
+) -> tuple[Any, dict[str, Any]]:
+    """Train (or continue from the newest checkpoint in ``folder``); give the model and a summary.
+
+    Raises:
+        Interrupted: a stop was requested; the last step is saved.
+        RunFailed: non-finite gradients, or nothing moves.
+    """
+    trainer = make_trainer(prepared, model, folder, weights_hash=weights_hash, emit=emit)
+    trainer.add_callback(stop)
+    every = prepared.recipe.evals.every
+    if every and on_step:
+        trainer.add_callback(monitors.EverySteps(every, lambda step: on_step(trainer.model, step)))
+    last = checkpoints.newest(folder)
+    emit({"event": "stage", "stage": "train", "resumed_from": last and last.name})
+    started = time.monotonic()
+    with packable(trainer.model) if can_pack(trainer.model) else nullcontext():
+        trainer.train(resume_from_checkpoint=str(last) if last else None)
+    if stop.requested:
+        emit({"event": "interrupted", "step": trainer.state.global_step})
+        raise Interrupted(f"stopped after step {trainer.state.global_step}, which is saved")
+    summary = {
+        "steps": trainer.state.global_step,
+        "seconds": round(time.monotonic() - started, 2),
+        "tokens": trainer.num_tokens,
+        "peak_memory_bytes": monitors.peak_memory_bytes(),
+    }
+    return trainer.model, summary
+
+
+def make_trainer(
+    prepared: Prepared, model: Any, folder: Path, *, weights_hash: str, emit: Emit
+) -> UnlearningTrainer:
+    """Build the trainer: adapters, scorer with its self-check, reference, data and callbacks."""
+    recipe = prepared.recipe
+    scorer = Scorer.for_model(model)
+    stored = _stored_reference(prepared, model, scorer, weights_hash, emit)
+    if lora := lora_of(prepared):
+        model = models.add_lora(model, lora)
+        scorer = Scorer.for_model(model)
+    trainer = UnlearningTrainer(
+        model=model,
+        args=training_arguments(prepared, folder),
+        train_dataset=StreamDataset(
+            {name: stream.examples for name, stream in prepared.streams.items()}, seed=recipe.seed
+        ),
+        data_collator=Collator(prepared.pad_id, stored),
+        terms=prepared.terms,
+        scorer=scorer,
+        live=reference.LiveReference.of(model) if needs_live(prepared) else None,
+        keep_checkpoints=recipe.training.save_total_limit,
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(monitors.UpdateCheck(emit))
+    trainer.add_callback(monitors.StepEvents(emit, lambda: trainer.readings))
+    return trainer
+
+
+def _stored_streams(prepared: Prepared) -> set[str]:
+    """Name the streams whose reference is a list of stored token log-probs."""
+    if prepared.recipe.training.reference == "live":
+        return set()
+    asking = [term for term in prepared.terms if term.objective.uses_reference]
+    live = {term.on for term in asking if term.objective.reads_logits}
+    return {term.on for term in asking} - live
+
+
+def lora_of(prepared: Prepared) -> models.Lora | None:
+    """Give the recipe's adapter settings as the library's own type."""
+    section = prepared.recipe.model.lora
+    if section is None:
+        return None
+    targets = section.targets if isinstance(section.targets, str) else tuple(section.targets)
+    return models.Lora(section.rank, section.alpha, section.dropout, targets)
+
+
+def needs_live(prepared: Prepared) -> bool:
+    """Tell whether a term must ask the frozen starting model during training."""
+    asking = {term.on for term in prepared.terms if term.objective.uses_reference}
+    return bool(asking - _stored_streams(prepared))
+
+
+def _stored_reference(
+    prepared: Prepared, model: Any, scorer: Scorer, weights_hash: str, emit: Emit
+) -> dict[str, Any]:
+    stored = {}
+    for name in sorted(_stored_streams(prepared)):
+        emit({"event": "stage", "stage": "reference", "stream": name})
+        examples = prepared.streams[name].examples
+        key = reference.cache_key(weights_hash, examples, str(model.dtype))
+
+        def report(done: int, total: int, name: str = name) -> None:
+            what = f"reference on {name}"
+            emit({"event": "progress", "what": what, "done": done, "total": total})
+
+        stored[name] = reference.cached_rows(
+            cache_folder(),
+            key,
+            examples,
+            lambda examples=examples, report=report: reference.score_rows(
+                scorer,
+                model,
+                examples,
+                pad_id=prepared.pad_id,
+                batch_tokens=prepared.recipe.evals.batch_tokens,
+                progress=report,
+            ),
+        )
+    return stored
+
+
+def training_arguments(prepared: Prepared, folder: Path) -> TrainingArguments:
+    """Hand the recipe's training section to transformers; the pipeline owns the rest."""
+    section = prepared.recipe.training
+    passed = section.model_dump(
+        exclude={"warmup_epochs", "warmup_steps", "save_steps", "save_total_limit", "reference"}
+    )
+    warmup = section.warmup_steps
+    if warmup is None:
+        warmup = round(section.warmup_epochs * prepared.steps_per_epoch)
+    return TrainingArguments(
+        output_dir=str(folder),
+        warmup_steps=warmup,
+        save_strategy="steps" if section.save_steps else "epoch",
+        save_steps=section.save_steps or 500,
+        seed=prepared.recipe.seed,
+        data_seed=prepared.recipe.seed,
+        remove_unused_columns=False,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        logging_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        **passed,
+    )

@@ -1,0 +1,100 @@
+"""Fixtures: a two-layer Llama and a tokenizer built in memory, and shared models."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+
+SENTENCES = [
+    "Question: Where was Ada born?\nAnswer: Ada was born in Oslo.",
+    "Question: What does Bo paint?\nAnswer: Bo paints small boats in the morning.",
+    "The quick brown fox jumps over the lazy dog, again and again.",
+]
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}Question: {{ m['content'] }}\nAnswer:\n"
+    "{% elif m['role'] == 'assistant' %}{{ m['content'] }}</s>{% endif %}{% endfor %}"
+)
+
+
+def build_tokenizer(*, chat: bool = True, pad: bool = True) -> Any:
+    """Train a byte-level BPE of 300 entries on three sentences."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<pad>", "<s>", "</s>"], initial_alphabet=alphabet
+    )
+    core.train_from_iterator(SENTENCES, trainer)
+    names = {"bos_token": "<s>", "eos_token": "</s>"} | ({"pad_token": "<pad>"} if pad else {})
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, **names)
+    tokenizer.chat_template = CHAT_TEMPLATE if chat else None
+    return tokenizer
+
+
+def build_model(seed: int = 0, **changes: Any) -> Any:
+    """Build a two-layer Llama of hidden size 32 with random weights."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    settings = {
+        "vocab_size": 300,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+        "tie_word_embeddings": False,
+    } | changes
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(LlamaConfig(**settings)).eval()
+
+
+@pytest.fixture
+def tiny_tokenizer() -> Any:
+    return build_tokenizer()
+
+
+@pytest.fixture
+def tiny_model() -> Any:
+    return build_model()
+
+
+@pytest.fixture
+def build_tiny_model() -> Any:
+    """Give the builder itself, for tests that need another seed, size or tied weights."""
+    return build_model
+
+
+@pytest.fixture
+def build_tiny_tokenizer() -> Any:
+    """Give the builder itself, for tests that need no chat template or no pad token."""
+    return build_tokenizer
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Give the folder with real data and models, or skip."""
+    folder = Path(__file__).parents[2] / "shared"
+    if not (folder / "models").is_dir():
+        pytest.skip(f"real data and models are not at hand: {folder} does not exist")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _private_cache(tmp_path_factory: Any, monkeypatch: Any) -> None:
+    """Keep every test out of the user's cache."""
+    monkeypatch.setenv("UNLEARN_CACHE", str(tmp_path_factory.mktemp("cache")))

@@ -1,0 +1,62 @@
+"""Checkpoints that are complete or do not count.
+
+A checkpoint is filled in a staging folder, listed in ``complete.json`` with the size and SHA-256 of
+every file, and renamed into place. Resuming takes the newest one that still matches its list.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from unlearn.runs import staged, write_json
+
+SEAL = "complete.json"
+
+
+@contextmanager
+def sealed(folder: Path) -> Iterator[Path]:
+    """Give a staging folder; afterwards list its files, flush them and rename it to ``folder``."""
+    with staged(folder) as staging:
+        yield staging
+        files = sorted(path for path in staging.rglob("*") if path.is_file())
+        entries = {str(path.relative_to(staging)): _entry(path) for path in files}
+        write_json(staging / SEAL, entries)
+
+
+def is_complete(folder: Path) -> bool:
+    """Tell whether every listed file is there with its size and SHA-256."""
+    try:
+        entries = json.loads((folder / SEAL).read_text())
+    except (OSError, ValueError):
+        return False
+    return all(
+        (folder / name).is_file() and _entry(folder / name) == entry
+        for name, entry in entries.items()
+    )
+
+
+def newest(folder: Path) -> Path | None:
+    """Give the newest complete checkpoint of a run, or None."""
+    return next((path for path in _by_step(folder) if is_complete(path)), None)
+
+
+def prune(folder: Path, keep: int | None) -> None:
+    """Delete all but the newest ``keep`` checkpoints, and what interrupted saves left behind."""
+    for leftover in folder.glob(".checkpoint-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    for path in _by_step(folder)[keep:] if keep else []:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _by_step(folder: Path) -> list[Path]:
+    found = [path for path in folder.glob("checkpoint-*") if path.name.split("-")[1].isdigit()]
+    return sorted(found, key=lambda path: int(path.name.split("-")[1]), reverse=True)
+
+
+def _entry(path: Path) -> dict[str, int | str]:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"size": path.stat().st_size, "sha256": digest}

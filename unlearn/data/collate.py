@@ -1,0 +1,142 @@
+"""From examples to padded batches, and the pairing of forget rows with retain rows.
+
+Which retain row meets forget row ``i`` in epoch ``e`` is a pure function of ``(seed, e, i)``: it
+does not depend on worker count, rank or whether the run was interrupted.
+"""
+
+import hashlib
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+
+from unlearn.data.encode import Example
+
+IGNORE = -100
+
+
+def _uniform(seed: int, epoch: int, index: int, size: int) -> int:
+    """Give a uniform integer below ``size`` that is a pure function of its arguments."""
+    digest = hashlib.blake2b(struct.pack("<qqq", seed, epoch, index), digest_size=8).digest()
+    return int.from_bytes(digest, "little") % size
+
+
+def retain_partner(seed: int, epoch: int, index: int, num_retain: int) -> int:
+    """Give the retain row that meets forget row ``index`` in this epoch (with replacement)."""
+    return _uniform(seed, epoch, index, num_retain)
+
+
+def pad(
+    examples: Sequence[Example], pad_id: int, *, side: str = "right", multiple: int = 1
+) -> dict[str, Tensor]:
+    """Pad to the longest row: ``input_ids``, ``attention_mask`` and ``labels``, each [batch, seq].
+
+    The attention mask comes from the lengths, never from comparing with ``pad_id``: a real EOS
+    stays visible when the tokenizer pads with EOS.
+    """
+    longest = -(-max(len(example.input_ids) for example in examples) // multiple) * multiple
+    ids = torch.full((len(examples), longest), pad_id)
+    attention = torch.zeros_like(ids)
+    labels = torch.full_like(ids, IGNORE)
+    for row, example in enumerate(examples):
+        length = len(example.input_ids)
+        span = slice(0, length) if side == "right" else slice(longest - length, longest)
+        ids[row, span] = torch.tensor(example.input_ids)
+        labels[row, span] = torch.tensor(example.labels)
+        attention[row, span] = 1
+    return {"input_ids": ids, "attention_mask": attention, "labels": labels}
+
+
+@dataclass(frozen=True)
+class Item:
+    """One row of one stream; ``index`` is its place in the stream, for reference look-ups."""
+
+    example: Example
+    index: int
+
+
+class StreamDataset(Dataset):
+    """Every forget row with the partner rows of the other streams, addressed by (epoch, index).
+
+    The length is that of the anchor stream: the forget set, or the only stream there is.
+    """
+
+    def __init__(self, streams: Mapping[str, Sequence[Example]], *, seed: int) -> None:
+        self.streams = dict(streams)
+        self.seed = seed
+        self.anchor = "forget" if "forget" in streams else next(iter(streams))
+
+    def __len__(self) -> int:
+        return len(self.streams[self.anchor])
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Item]:
+        epoch, index = key
+        item = {}
+        for name, examples in self.streams.items():
+            anchored = name == self.anchor
+            at = index if anchored else retain_partner(self.seed, epoch, index, len(examples))
+            item[name] = Item(examples[at], at)
+        return item
+
+
+class EpochSampler(Sampler[tuple[int, int]]):
+    """A permutation of the rows that is a function of (seed, epoch); yields (epoch, index)."""
+
+    def __init__(self, size: int, *, seed: int) -> None:
+        self.size = size
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        generator = torch.Generator().manual_seed(_uniform(self.seed, self.epoch, -1, 2**62))
+        for index in torch.randperm(self.size, generator=generator).tolist():
+            yield self.epoch, index
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Turn items into a nested batch ``{stream: {input_ids, attention_mask, labels, index, …}}``.
+
+    ``reference`` gives, per stream, one list of token log-probs (nats) per row, laid out like the
+    row's tokens shifted by one; they travel with the batch as ``reference_log_probs`` [batch, seq].
+    """
+
+    pad_id: int
+    reference: Mapping[str, Sequence[Tensor]] = field(default_factory=dict)
+
+    def __call__(self, items: Sequence[Mapping[str, Item]]) -> dict[str, dict[str, Any]]:
+        return {name: self._stream(name, [item[name] for item in items]) for name in items[0]}
+
+    def _stream(self, name: str, items: Sequence[Item]) -> dict[str, Tensor]:
+        batch = pad([item.example for item in items], self.pad_id)
+        batch["index"] = torch.tensor([item.index for item in items])
+        if name in self.reference:
+            rows = [self.reference[name][item.index] for item in items]
+            padded = torch.zeros(batch["input_ids"].shape, dtype=rows[0].dtype)
+            for place, row in enumerate(rows):
+                padded[place, : len(row)] = row
+            batch["reference_log_probs"] = padded
+        return batch
+
+
+def batches_by_length(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
+    """Group row indices of similar length, longest first, each group within the token budget."""
+    order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
+    groups: list[list[int]] = []
+    for row in order:
+        longest = lengths[groups[-1][0]] if groups else 0
+        if groups and longest * (len(groups[-1]) + 1) <= batch_tokens:
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+    return groups

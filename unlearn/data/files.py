@@ -1,0 +1,132 @@
+"""Reading one data file into rows, with the line or row at fault in every error.
+
+Files are read here and not through ``datasets``, which would guess column types (an answer "1984"
+becomes a number), fill absent columns with nulls, keep a second copy and blame no line.
+"""
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from unlearn.errors import UserError
+
+Row = dict[str, Any]
+
+JSON_FORMS = "a .json or .jsonl file holds one object per line, or one array of objects"
+LONGEST_CELL = 2**31 - 1  # csv refuses cells above 131,072 characters unless told otherwise
+
+
+def read_file(path: Path) -> list[Row]:
+    """Read every row of one file; the extension says which format.
+
+    Raises:
+        UserError: unknown extension, unreadable, empty or damaged file.
+    """
+    reader = READERS.get(path.suffix.lower())
+    if reader is None:
+        raise UserError(
+            f"'{path}' has the unknown extension '{path.suffix}'", f"one of {', '.join(READERS)}"
+        )
+    try:
+        if path.stat().st_size == 0:
+            raise UserError(f"'{path}' is empty (0 bytes)", "give a file with at least one row")
+        return reader(path)
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"'{path}' is not UTF-8 text: {error.reason} at byte {error.start}",
+            "save it as UTF-8; compressed files must be unpacked first",
+        ) from error
+    except OSError as error:
+        cause = error.strerror or str(error).partition("\n")[0]
+        raise UserError(
+            f"cannot read '{path}': {cause}", "check the file and its rights"
+        ) from error
+
+
+def _read_json(path: Path) -> list[Row]:
+    text = path.read_text(encoding="utf-8-sig")
+    if text.lstrip().startswith("["):
+        return _objects(path, [(f"entry {n}", value) for n, value in _json_array(path, text)])
+    # not str.splitlines, which also cuts at characters that JSON allows inside strings (U+2028)
+    lines = [(n, line) for n, line in enumerate(text.split("\n"), start=1) if line.strip()]
+    return _objects(path, [(f"line {n}", _json_line(path, n, line)) for n, line in lines])
+
+
+def _json_array(path: Path, text: str) -> list[tuple[int, Any]]:
+    try:
+        return list(enumerate(json.loads(text), start=1))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"'{path}' is damaged JSON: {error}", JSON_FORMS) from error
+
+
+def _json_line(path: Path, number: int, line: str) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        cause = str(error).replace("line 1 column", "column")  # the line is named in front
+        raise UserError(f"'{path}' line {number} is not JSON: {cause}", JSON_FORMS) from error
+
+
+def _objects(path: Path, values: list[tuple[str, Any]]) -> list[Row]:
+    for place, value in values:
+        if not isinstance(value, dict):
+            kind = type(value).__name__
+            raise UserError(f"'{path}' {place} is a JSON {kind}, not an object", JSON_FORMS)
+    return [value for _, value in values]
+
+
+def _read_csv(path: Path) -> list[Row]:
+    previous = csv.field_size_limit(LONGEST_CELL)
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file, strict=True)
+            try:
+                return _cells(path, reader)
+            except csv.Error as error:
+                raise UserError(
+                    f"'{path}' line {reader.line_num} is damaged CSV: {error}",
+                    "quote cells that hold commas, quotes or line breaks",
+                ) from error
+    finally:
+        csv.field_size_limit(previous)
+
+
+def _cells(path: Path, reader: "csv.DictReader[str]") -> list[Row]:
+    names = list(reader.fieldnames or [])
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise UserError(
+            f"'{path}' has more than one column '{twice[0]}'", "give every column its own name"
+        )
+    rows: list[Row] = []
+    for row in reader:
+        if None in row:
+            raise UserError(
+                f"'{path}' line {reader.line_num} has more cells than the header's {len(names)}",
+                "quote cells that hold commas, quotes or line breaks",
+            )
+        rows.append(dict(row))
+    return rows
+
+
+def _read_parquet(path: Path) -> list[Row]:
+    # pyarrow takes half a second to import, and only parquet files need it
+    import pyarrow  # type: ignore[import-untyped] # noqa: PLC0415
+    import pyarrow.parquet  # type: ignore[import-untyped] # noqa: PLC0415
+
+    try:
+        rows: list[Row] = pyarrow.parquet.read_table(path).to_pylist()
+    except pyarrow.ArrowException as error:
+        cause = str(error).partition("\n")[0]
+        raise UserError(f"'{path}' is damaged parquet: {cause}", "copy it again") from error
+    return rows
+
+
+READERS: dict[str, Callable[[Path], list[Row]]] = {
+    ".csv": _read_csv,
+    ".json": _read_json,
+    ".jsonl": _read_json,
+    ".parquet": _read_parquet,
+}

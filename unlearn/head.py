@@ -1,0 +1,114 @@
+"""The vocabulary head in chunks: log-probabilities of given tokens without ``[batch, seq, vocab]``.
+
+The head is called as the module it is (tied, untied, with a LoRA on it, sharded by an engine), on
+a few labelled positions at a time; each chunk is recomputed in the backward pass. What a model does
+to its logits after the head (soft-capping, scaling) is read from its configuration, and
+:func:`agrees_with_model` compares the result with the model's own logits before it is trusted.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
+
+CHUNK_BYTES = 256 * 2**20
+"""Upper bound of one chunk of logits in fp32; below it, nothing is recomputed."""
+
+
+def upcast(logits: Tensor) -> Tensor:
+    """Give logits in fp32 (fp64 stays fp64): every loss and metric is computed in at least fp32."""
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+@dataclass(frozen=True)
+class TokenReadings:
+    """Log-probabilities (nats) at some positions, and whether the label is the likeliest token."""
+
+    log_probs: Float[Tensor, " position"]
+    correct: Bool[Tensor, " position"] | None
+
+
+@dataclass(frozen=True)
+class VocabularyHead:
+    """The last linear map of a causal language model and what is done to its output.
+
+    Logits are ``scale * head(h)``, then ``softcap * tanh(logits / softcap)`` when there is a cap
+    (Gemma 2; Cohere and Granite scale).
+    """
+
+    linear: nn.Module
+    vocabulary: int
+    scale: float = 1.0
+    softcap: float | None = None
+    chunk_bytes: int = CHUNK_BYTES
+
+    @classmethod
+    def of(cls, model: Any, *, chunk_bytes: int = CHUNK_BYTES) -> "VocabularyHead | None":
+        """Find the head of a Hugging Face model, wrapped or plain; None when it has none."""
+        base = plain(model)
+        linear = base.get_output_embeddings()
+        if linear is None or not hasattr(linear, "weight"):
+            return None
+        config = base.config.get_text_config()
+        scale = float(getattr(config, "logit_scale", None) or 1.0)
+        scale /= float(getattr(config, "logits_scaling", None) or 1.0)
+        softcap = getattr(config, "final_logit_softcapping", None)
+        return cls(linear, linear.weight.shape[0], scale, softcap, chunk_bytes)
+
+    def logits(
+        self, hidden: Float[Tensor, "*positions width"]
+    ) -> Float[Tensor, "*positions vocab"]:
+        """Give the logits at these positions, in fp32 or fp64."""
+        logits = upcast(self.linear(hidden))
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        return logits
+
+    def read(
+        self,
+        hidden: Float[Tensor, "position width"],
+        targets: Int[Tensor, " position"],
+        *,
+        correct: bool = False,
+    ) -> TokenReadings:
+        """Give the log-probability (nats) of one target token per position, chunk by chunk."""
+        rows = max(1, self.chunk_bytes // (4 * self.vocabulary))
+        chunks = list(zip(hidden.split(rows), targets.split(rows), strict=True))
+        recompute = len(chunks) > 1 and torch.is_grad_enabled()
+        pairs = [
+            checkpoint(self._chunk, *chunk, correct, use_reentrant=False)
+            if recompute
+            else self._chunk(*chunk, correct)
+            for chunk in chunks
+        ]
+        log_probs, hits = (torch.cat(parts) for parts in zip(*pairs, strict=True))
+        return TokenReadings(log_probs, hits if correct else None)
+
+    def _chunk(self, hidden: Tensor, targets: Tensor, correct: bool) -> tuple[Tensor, Tensor]:
+        logits = self.logits(hidden)
+        log_probs = -cross_entropy(logits, targets, reduction="none")
+        return log_probs, logits.argmax(-1) == targets if correct else targets.bool()
+
+
+def plain(model: Any) -> Any:
+    """Give the Hugging Face model inside DDP, an adapter wrapper, or neither."""
+    while hasattr(model, "module"):
+        model = model.module
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+@torch.no_grad()
+def agrees_with_model(head: VocabularyHead, model: Any, hidden: Tensor, logits: Tensor) -> bool:
+    """Tell whether the head gives the model's own log-probabilities, within rounding."""
+    ours = head.logits(hidden).log_softmax(-1)
+    theirs = upcast(logits).log_softmax(-1)
+    if ours.shape != theirs.shape:
+        return False
+    coarse = next(plain(model).parameters()).dtype in (torch.bfloat16, torch.float16)
+    return bool(torch.allclose(ours, theirs, rtol=0, atol=0.1 if coarse else 1e-4))

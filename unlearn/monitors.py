@@ -1,0 +1,197 @@
+"""What watches a training run: does every tensor learn, what happened, has somebody said stop."""
+
+import resource
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback
+
+from unlearn.errors import Interrupted, RunFailed
+
+Emit = Callable[[dict[str, Any]], None]
+
+PROBE = 64
+"""How many elements of a tensor are watched: those with the largest gradient."""
+PATIENCE = 3
+"""Steps a tensor may wait for its first gradient: a LoRA A matrix gets none while B is zero."""
+
+
+def peak_memory_bytes() -> int:
+    """Give the most memory this process has held: device memory on CUDA, resident memory else."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    scale = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+
+
+@dataclass
+class UpdateCheck(TrainerCallback):
+    """Checks once that training reaches every trainable tensor.
+
+    After the first step each trainable tensor must have a finite gradient, and after the first step
+    with a learning rate above zero it must have moved. A tensor whose gradient is exactly zero is
+    given :data:`PATIENCE` steps. What did not move is named in one ``unmoved`` event.
+    """
+
+    emit: Emit
+    steps: int = 0
+    pending: dict[str, Tensor] = field(default_factory=dict)
+    before: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    done: bool = False
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        named = kwargs["model"].named_parameters()
+        self.pending = {name: tensor for name, tensor in named if tensor.requires_grad}
+        self.done = state.global_step > 0  # a resumed run was checked before
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.done:
+            return
+        _require_finite(self.pending)
+        if kwargs["optimizer"].param_groups[0]["lr"] > 0:
+            self.before = {name: _largest(tensor) for name, tensor in self.pending.items()}
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.done or not self.before:
+            return
+        self.steps += 1
+        total = len(self.before)
+        stuck = {
+            name for name, probe in self.before.items() if not _moved(self.pending[name], probe)
+        }
+        if self.steps == 1 and len(stuck) == total:
+            raise RunFailed(
+                "the first optimiser step moved no weight at all",
+                "raise training.learning_rate, or use float32: bfloat16 rounds small steps away",
+            )
+        self.pending = {name: tensor for name, tensor in self.pending.items() if name in stuck}
+        waiting = [name for name, tensor in self.pending.items() if not _has_gradient(tensor)]
+        self.before = {}
+        if len(waiting) < len(self.pending) or self.steps >= PATIENCE or not self.pending:
+            self.done = True
+            if self.pending:
+                self.emit(
+                    {
+                        "event": "unmoved",
+                        "step": state.global_step + 1,
+                        "tensors": list(self.pending),
+                    }
+                )
+            self.pending = {}
+
+
+def _require_finite(tensors: Mapping[str, Tensor]) -> None:
+    missing = [name for name, tensor in tensors.items() if tensor.grad is None]
+    if missing:
+        raise RunFailed(
+            _named("no gradient reached", missing), "freeze them or change the objective"
+        )
+    bad = [n for n, t in tensors.items() if t.grad is not None and not t.grad.isfinite().all()]
+    if bad:
+        hint = "lower training.learning_rate, or train in float32"
+        raise RunFailed(_named("the gradient is not finite in", bad), hint)
+
+
+def _named(what: str, names: list[str]) -> str:
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return f"{what} {len(names)} trainable tensors: {', '.join(names[:5])}{more}"
+
+
+def _has_gradient(tensor: Tensor) -> bool:
+    return tensor.grad is not None and bool(tensor.grad.any())
+
+
+def _largest(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """Give the places of the largest gradients and the values there, before the step."""
+    assert tensor.grad is not None
+    flat = tensor.grad.detach().abs().flatten()
+    places = flat.topk(min(PROBE, len(flat))).indices
+    return places, tensor.detach().flatten()[places].clone()
+
+
+def _moved(tensor: Tensor, probe: tuple[Tensor, Tensor]) -> bool:
+    places, values = probe
+    return not torch.equal(tensor.detach().flatten()[places], values)
+
+
+@dataclass
+class StepEvents(TrainerCallback):
+    """Emits one ``step`` event per optimiser step with every reading, the rate and the pace."""
+
+    emit: Emit
+    readings: Callable[[], Mapping[str, Tensor]]
+    started: float = 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.started = time.monotonic()
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        event: dict[str, Any] = {"event": "step", "step": state.global_step + 1}
+        event["of"] = state.max_steps
+        event |= {name: float(value) for name, value in self.readings().items()}
+        event["learning_rate"] = kwargs["optimizer"].param_groups[0]["lr"]
+        event["seconds"] = round(time.monotonic() - self.started, 3)
+        event["memory_bytes"] = peak_memory_bytes()
+        self.emit(event)
+
+
+@dataclass
+class EverySteps(TrainerCallback):
+    """Calls ``action(step)`` every ``every`` optimiser steps, with the model in evaluation mode."""
+
+    every: int
+    action: Callable[[int], None]
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step % self.every == 0 and state.global_step < state.max_steps:
+            model = kwargs["model"]
+            model.eval()
+            self.action(state.global_step)
+            model.train()
+
+
+@dataclass
+class StopRequest(TrainerCallback):
+    """Turns SIGINT and SIGTERM into a saved checkpoint at the end of the current step.
+
+    Outside training there is nothing to finish: the signal raises :class:`Interrupted` at once. A
+    second signal stops immediately.
+    """
+
+    requested: bool = False
+    in_step: bool = False
+
+    @contextmanager
+    def listening(self) -> Iterator["StopRequest"]:
+        """Handle the signals inside this block; give them back afterwards."""
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            for number in before:
+                signal.signal(number, self._receive)
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: Any) -> None:
+        if self.requested or not self.in_step:
+            raise Interrupted("stopped on request")
+        self.requested = True
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.in_step = True
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.requested:
+            control.should_save = True
+            control.should_training_stop = True
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.in_step = False

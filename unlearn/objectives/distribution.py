@@ -1,0 +1,41 @@
+"""Objectives over whole next-token distributions: one value per position, in nats.
+
+They read ``logits``: the only objectives for which ``[batch, seq, vocab]`` is allocated.
+"""
+
+from jaxtyping import Float
+from torch import Tensor
+
+from unlearn.scores import Scores
+
+
+def _kl(policy: Scores, reference: Scores) -> Float[Tensor, "batch seq"]:
+    assert policy.logits is not None
+    assert reference.logits is not None
+    ours = policy.logits.log_softmax(-1)
+    theirs = reference.logits.log_softmax(-1)
+    return (theirs.exp() * (theirs - ours)).sum(-1)
+
+
+def kl(policy: Scores, reference: Scores) -> Float[Tensor, "batch seq"]:
+    """How far the model has moved from the reference: KL(reference || policy) per real position.
+
+    Prompt positions count, padding does not, so the value does not depend on padding (the published
+    code averages over padding too; that is :func:`kl_all_positions`).
+    Source: TOFU (Maini et al. 2024, arXiv:2401.06121), "KL minimisation".
+    """
+    return _kl(policy, reference) * policy.attended
+
+
+def kl_labels(policy: Scores, reference: Scores) -> Float[Tensor, "batch seq"]:
+    """KL(reference || policy) at the positions that predict a labelled token, in nats."""
+    return _kl(policy, reference) * policy.mask
+
+
+def kl_all_positions(policy: Scores, reference: Scores) -> Float[Tensor, "batch seq"]:
+    """KL(reference || policy) at every position, padding included, as published code computes it.
+
+    Here for parity with open-unlearning, TOFU and NPO code: the mean depends on how much padding a
+    batch happens to have. Our padding is unmasked, so values at padded positions are our own.
+    """
+    return _kl(policy, reference)

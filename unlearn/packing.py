@@ -1,0 +1,148 @@
+"""Padding-free forward passes: rows are laid end to end, only attention sees them as rows.
+
+Every linear layer then works on real tokens alone; the rows are laid out with padding just around
+the attention product, which runs on any device and needs no extra kernels. Only models with plain
+causal attention are packed, and only after :func:`can_pack` has compared the result with the
+model's own logits.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+NAME = "unlearn_packed"
+_active: ContextVar[bool] = ContextVar("packing", default=False)
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Where each real token of a right-padded [batch, width] layout stands, row after row."""
+
+    places: Int[Tensor, " token"]
+    positions: Int[Tensor, "1 token"]
+    batch: int
+    width: int
+
+    @classmethod
+    def of(cls, attended: Bool[Tensor, "batch width"]) -> "Packing":
+        """Read the layout off an attention mask."""
+        batch, width = attended.shape
+        places = attended.flatten().nonzero().squeeze(-1)
+        return cls(places, (places % width)[None], batch, width)
+
+    def pack(self, padded: Tensor) -> Tensor:
+        """[batch, width, ...] -> [1, token, ...]."""
+        return padded.flatten(0, 1).index_select(0, self.places)[None]
+
+    def unpack(self, packed: Tensor) -> Tensor:
+        """[1, token, ...] -> [batch, width, ...], zeros at padding."""
+        flat = packed.new_zeros(self.batch * self.width, *packed.shape[2:])
+        flat = flat.index_copy(0, self.places, packed[0])
+        return flat.unflatten(0, (self.batch, self.width))
+
+    def attend(
+        self, module: Any, query: Tensor, key: Tensor, value: Tensor, **arguments: Any
+    ) -> Tensor:
+        """Run causal attention within each row; inputs are [1, heads, token, width]."""
+        rows = [self.unpack(part.transpose(1, 2)).transpose(1, 2) for part in (query, key, value)]
+        arguments["is_causal"] = True
+        output, _ = sdpa_attention_forward(module, *rows, None, **arguments)
+        return self.pack(output)
+
+
+def attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    packing: Packing | None = None,
+    **arguments: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Scaled dot-product attention, packed when the forward pass carries a :class:`Packing`."""
+    if packing is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **arguments)
+    for name in ("softcap", "sliding_window", "s_aux", "position_bias"):
+        if arguments.get(name) is not None:
+            raise ValueError(f"attention with {name} cannot be packed")
+    return packing.attend(module, query, key, value, **arguments), None
+
+
+def mask(*arguments: Any, **named: Any) -> Tensor | None:
+    """Build the usual mask; none in a packed pass, where rows are apart and causal."""
+    return None if _active.get() else sdpa_mask(*arguments, **named)
+
+
+AttentionInterface.register(NAME, attention)
+AttentionMaskInterface.register(NAME, mask)
+
+
+@contextmanager
+def packable(model: Any) -> Iterator[None]:
+    """Let this model take packed batches inside the block; ordinary ones work as before."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation(NAME)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+def is_packable(model: Any) -> bool:
+    """Tell whether the model is inside a :func:`packable` block."""
+    return bool(model.config._attn_implementation == NAME)
+
+
+def packed_forward(model: Any, input_ids: Tensor, packing: Packing, **arguments: Any) -> Any:
+    """Call the model on real tokens only, each row starting at position 0."""
+    token = _active.set(True)
+    try:
+        return model(
+            input_ids=packing.pack(input_ids),
+            position_ids=packing.positions,
+            packing=packing,
+            use_cache=False,
+            **arguments,
+        )
+    finally:
+        _active.reset(token)
+
+
+@torch.no_grad()
+def can_pack(model: Any, *, tolerance: float = 1e-4) -> bool:
+    """Compare packed with padded log-probabilities on two rows of different length.
+
+    False for models whose attention is not plain causal attention (sliding windows, soft-capping,
+    linear attention) or that do not take transformers' attention interface.
+    """
+    config = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if config._attn_implementation != "sdpa" or kinds != {"full_attention"}:
+        return False
+    device = model.get_input_embeddings().weight.device
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(config.vocab_size, (2, 9), generator=generator).to(device)
+    attended = torch.arange(9, device=device) < torch.tensor([[9], [5]], device=device)
+    packing = Packing.of(attended)
+    try:
+        with packable(model):
+            packed = packed_forward(model, ids, packing).logits
+        padded = packing.pack(model(input_ids=ids, use_cache=False).logits)
+    except (ValueError, TypeError, RuntimeError):
+        return False
+    coarse = packed.dtype in (torch.bfloat16, torch.float16)
+    difference = _log_softmax(packed) - _log_softmax(padded)
+    return bool(difference.abs().max() <= (0.1 if coarse else tolerance))
+
+
+def _log_softmax(logits: Float[Tensor, "*positions vocab"]) -> Tensor:
+    return logits.double().log_softmax(-1)

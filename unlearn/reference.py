@@ -1,0 +1,120 @@
+"""What the frozen starting model says: computed once and stored, or asked live.
+
+The forget and retain sets are finite and fixed, so the reference's token log-probabilities are
+computed before training and kept on disk under a hash of weights and tokenised rows; no second
+model stays in memory. Objectives over whole distributions ask live: with adapters switched off, or
+with a frozen copy.
+"""
+
+import contextlib
+import copy
+import hashlib
+import json
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from unlearn.data.collate import batches_by_length, pad
+from unlearn.data.encode import Example
+from unlearn.runs import write_atomic
+from unlearn.scores import Scorer, Scores
+
+LAYOUT = 1
+"""Raise when the meaning of the stored numbers changes."""
+
+Progress = Callable[[int, int], None]
+
+
+@torch.no_grad()
+def score_rows(
+    scorer: Scorer,
+    model: Any,
+    examples: Sequence[Example],
+    *,
+    pad_id: int = 0,
+    batch_tokens: int = 8192,
+    progress: Progress = lambda done, total: None,
+) -> list[Tensor]:
+    """Give each row's token log-probs (nats), [seq], 0 where not labelled, in fp32 on the CPU."""
+    found: list[Tensor] = [torch.empty(0)] * len(examples)
+    device = next(model.parameters()).device
+    done = 0
+    for rows in batches_by_length([len(e.input_ids) for e in examples], batch_tokens):
+        batch = pad([examples[row] for row in rows], pad_id)
+        scores = scorer(model, {key: value.to(device) for key, value in batch.items()})
+        for row, log_probs in zip(rows, scores.log_probs.cpu(), strict=True):
+            found[row] = log_probs[: len(examples[row].input_ids)].clone()
+        done += len(rows)
+        progress(done, len(examples))
+    return found
+
+
+def cache_key(weights_hash: str, examples: Sequence[Example], precision: str) -> str:
+    """Hash everything the numbers depend on: weights, tokens, labels, precision and layout."""
+    rows = json.dumps([[example.input_ids, example.labels] for example in examples])
+    parts = (str(LAYOUT), weights_hash, precision, hashlib.sha256(rows.encode()).hexdigest())
+    return hashlib.sha256(" ".join(parts).encode()).hexdigest()
+
+
+def cached_rows(
+    folder: Path, key: str, examples: Sequence[Example], compute: Callable[[], list[Tensor]]
+) -> list[Tensor]:
+    """Read the rows stored under this key, or compute and store them."""
+    path = folder / "reference" / f"{key}.safetensors"
+    lengths = [len(example.input_ids) for example in examples]
+    if path.is_file():
+        with contextlib.suppress(Exception):  # a damaged cache file is computed again
+            values = load_file(path)["log_probs"]
+            if len(values) == sum(lengths):
+                return list(values.split(lengths))
+    rows = compute()
+    write_atomic(path, save({"log_probs": torch.cat(rows)}))
+    return rows
+
+
+@dataclass(frozen=True)
+class LiveReference:
+    """A frozen model asked at every step: a copy, or None for adapters switched off."""
+
+    scorer: Scorer
+    model: Any | None
+
+    @classmethod
+    def of(cls, model: Any) -> "LiveReference":
+        """Use the adapters' off switch where there is one, otherwise copy the model."""
+        if hasattr(model, "disable_adapter"):
+            return cls(Scorer.for_model(model, check=False), None)
+        frozen = copy.deepcopy(model).eval().requires_grad_(False)
+        return cls(Scorer.for_model(frozen, check=False), frozen)
+
+    @torch.no_grad()
+    def streams(
+        self,
+        policy: Any,
+        batches: Mapping[str, Mapping[str, Tensor]],
+        want: Mapping[str, Collection[str]],
+    ) -> dict[str, Scores]:
+        """Score these streams under the frozen weights; ``policy`` is the model being trained."""
+        if self.model is not None:
+            return self.scorer.streams(self.model, batches, want=want)
+        with _adapters_off(policy):
+            return self.scorer.streams(policy, batches, want=want)
+
+
+@contextlib.contextmanager
+def _adapters_off(policy: Any) -> Any:
+    adapter = policy
+    while not hasattr(adapter, "disable_adapter"):
+        adapter = adapter.module
+    training = policy.training
+    policy.eval()
+    try:
+        with adapter.disable_adapter():
+            yield
+    finally:
+        policy.train(training)

@@ -1,0 +1,207 @@
+"""What a model says about a batch of sequences: how probable is each labelled token.
+
+One forward pass of the body serves all rows; only labelled positions reach the vocabulary head, in
+chunks. Everything downstream (objectives, metrics, detectors) is a function of :class:`Scores`.
+"""
+
+import inspect
+import warnings
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn.functional import pad
+
+from unlearn.head import VocabularyHead, agrees_with_model, plain, upcast
+from unlearn.packing import Packing, is_packable, packed_forward
+
+IGNORE = -100
+
+
+def label_mask(labels: Int[Tensor, "batch seq"]) -> Bool[Tensor, "batch seq"]:
+    """Mark position t when token t+1 is labelled; the last position predicts nothing."""
+    mask = torch.zeros_like(labels, dtype=torch.bool)
+    mask[:, :-1] = labels[:, 1:] != IGNORE
+    return mask
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Log-probability of every labelled token, laid out by predicting position.
+
+    ``log_probs[i, t]`` is log p(token t+1 | tokens 0..t) in nats, in fp32 (fp64 for fp64 models),
+    and 0 where ``mask`` is false. ``attended`` marks real (not padding) positions. ``logits`` and
+    ``correct`` (the label is the most likely token) are there only when asked for.
+    """
+
+    log_probs: Float[Tensor, "batch seq"]
+    mask: Bool[Tensor, "batch seq"]
+    attended: Bool[Tensor, "batch seq"]
+    logits: Float[Tensor, "batch seq vocab"] | None = None
+    correct: Bool[Tensor, "batch seq"] | None = None
+
+    @classmethod
+    def from_logits(
+        cls,
+        logits: Float[Tensor, "batch seq vocab"],
+        labels: Int[Tensor, "batch seq"],
+        attention_mask: Tensor | None = None,
+    ) -> "Scores":
+        """Build scores from full logits and unshifted labels (-100 = not labelled)."""
+        logits = upcast(logits)
+        mask = label_mask(labels)
+        targets = labels[:, 1:].clamp_min(0)
+        chosen = logits[:, :-1].log_softmax(-1).gather(-1, targets[..., None]).squeeze(-1)
+        log_probs = pad(chosen, (0, 1)).masked_fill(~mask, 0.0)
+        hits = pad(logits[:, :-1].argmax(-1) == targets, (0, 1)) & mask
+        attended = torch.ones_like(mask) if attention_mask is None else attention_mask.bool()
+        return cls(log_probs, mask, attended, logits, hits)
+
+    @classmethod
+    def from_log_probs(
+        cls, log_probs: Float[Tensor, "batch seq"], batch: Mapping[str, Tensor]
+    ) -> "Scores":
+        """Build scores from stored token log-probs, for instance those of a cached reference."""
+        return cls(log_probs, label_mask(batch["labels"]), batch["attention_mask"].bool())
+
+    @property
+    def sequence(self) -> Float[Tensor, " batch"]:
+        """Give log p(labelled tokens) of each row: a sum over tokens, in nats."""
+        return self.log_probs.sum(-1)
+
+    @property
+    def num_tokens(self) -> Int[Tensor, " batch"]:
+        """Give the number of labelled tokens of each row."""
+        return self.mask.sum(-1)
+
+    def detach(self) -> "Scores":
+        """Give the same scores without gradient and without logits."""
+        return replace(self, log_probs=self.log_probs.detach(), logits=None)
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """How to obtain :class:`Scores` from a model: through its head in chunks, or from full logits.
+
+    ``head`` is None for a model whose logits we cannot reproduce; then full logits are used.
+    """
+
+    head: VocabularyHead | None
+
+    @classmethod
+    def for_model(cls, model: Any, *, check: bool = True) -> "Scorer":
+        """Find the head and compare it with the model's own logits on two rows.
+
+        When they differ, warn and fall back to full logits: right, but memory-hungry.
+        """
+        head = VocabularyHead.of(model)
+        if head is None or "logits_to_keep" not in _forward_parameters(model):
+            reason = "it has no vocabulary head that can be called apart"
+        elif check and not _self_check(head, model):
+            reason = "its logits are not those of its vocabulary head (an unknown transformation)"
+        else:
+            return cls(head)
+        name = type(plain(model)).__name__
+        warnings.warn(f"{name}: full logits are used, because {reason}", stacklevel=2)
+        return cls(None)
+
+    def __call__(
+        self, model: Any, batch: Mapping[str, Tensor], *, want: Collection[str] = ()
+    ) -> Scores:
+        """Score one right-padded batch; ``want`` may name ``logits`` and ``correct``."""
+        return self.streams(model, {"": batch}, want={"": want})[""]
+
+    def streams(
+        self,
+        model: Any,
+        batches: Mapping[str, Mapping[str, Tensor]],
+        *,
+        want: Mapping[str, Collection[str]],
+    ) -> dict[str, Scores]:
+        """Score several streams in one forward pass, then split."""
+        joined, widths = _join([batch["input_ids"] for batch in batches.values()], 0)
+        if self.head is None:
+            parts = _full_logits(model, joined)
+        else:
+            attention, _ = _join([batch["attention_mask"] for batch in batches.values()], 0)
+            parts = _body(model, joined, attention.bool())
+        rows = parts.split([len(batch["input_ids"]) for batch in batches.values()])
+        return {
+            name: self._stream(part[:, :width], batch, want.get(name, ()))
+            for (name, batch), part, width in zip(batches.items(), rows, widths, strict=True)
+        }
+
+    def _stream(self, part: Tensor, batch: Mapping[str, Tensor], want: Collection[str]) -> Scores:
+        labels, attention = batch["labels"], batch["attention_mask"]
+        if self.head is None or "logits" in want:
+            logits = part if self.head is None else self.head.logits(part)
+            full = Scores.from_logits(logits, labels, attention)
+            return full if "logits" in want else replace(full, logits=None)
+        mask = label_mask(labels)
+        readings = self.head.read(part[mask], labels.roll(-1, 1)[mask], correct="correct" in want)
+        log_probs = readings.log_probs.new_zeros(mask.shape).masked_scatter(
+            mask, readings.log_probs
+        )
+        correct = readings.correct
+        hits = None if correct is None else torch.zeros_like(mask).masked_scatter(mask, correct)
+        return Scores(log_probs, mask, attention.bool(), None, hits)
+
+
+def _join(tensors: list[Tensor], fill: int) -> tuple[Tensor, list[int]]:
+    """Stack right-padded tensors of different width."""
+    widths = [tensor.shape[1] for tensor in tensors]
+    longest = max(widths)
+    padded = [pad(tensor, (0, longest - tensor.shape[1]), value=fill) for tensor in tensors]
+    return torch.cat(padded), widths
+
+
+def _body(model: Any, input_ids: Tensor, attended: Tensor) -> Tensor:
+    """Give the last hidden states [batch, seq, width] of the (possibly wrapped) model.
+
+    The wrapped model itself is called, so that engines see the forward pass they hook into. With
+    right padding and causal attention no attention mask is needed: padding comes after every real
+    position and cannot be seen from it. Inside :func:`unlearn.packing.packable` padding is left out
+    altogether.
+    """
+    captured: list[Tensor] = []
+
+    def keep(_module: Any, _inputs: Any, output: Any) -> None:
+        captured.append(output[0] if isinstance(output, tuple) else output.last_hidden_state)
+
+    handle = plain(model).get_decoder().register_forward_hook(keep)
+    try:
+        if is_packable(plain(model)) and not attended.all():
+            packing = Packing.of(attended)
+            packed_forward(model, input_ids, packing, logits_to_keep=1)
+            return packing.unpack(captured[0])
+        model(input_ids=input_ids, use_cache=False, logits_to_keep=1)
+        return captured[0]
+    finally:
+        handle.remove()
+
+
+def _full_logits(model: Any, input_ids: Tensor) -> Tensor:
+    return upcast(model(input_ids=input_ids, use_cache=False).logits)
+
+
+def _forward_parameters(model: Any) -> Collection[str]:
+    return inspect.signature(plain(model).forward).parameters
+
+
+@torch.no_grad()
+def _self_check(head: VocabularyHead, model: Any) -> bool:
+    base = plain(model)
+    device = base.get_input_embeddings().weight.device
+    size = min(head.vocabulary, base.config.get_text_config().vocab_size)
+    generator = torch.Generator().manual_seed(0)
+    probe = torch.randint(size, (2, 12), generator=generator).to(device)
+    training = model.training
+    model.eval()
+    try:
+        hidden = _body(model, probe, torch.ones_like(probe, dtype=torch.bool))
+        return agrees_with_model(head, model, hidden, _full_logits(model, probe))
+    finally:
+        model.train(training)

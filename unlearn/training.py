@@ -1,0 +1,167 @@
+"""One trainer for every method: the loss is a weighted sum of terms over the whole optimiser step.
+
+A term's objective gives one loss per token, sequence or position. The trainer counts those units in
+all micro-batches and on all ranks before the first forward pass and divides once, so neither
+gradient accumulation nor the number of ranks changes the step.
+"""
+
+import os
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Trainer
+
+from unlearn import checkpoints
+from unlearn.data.collate import EpochSampler
+from unlearn.objectives import Objective
+from unlearn.reference import LiveReference
+from unlearn.scores import Scorer, Scores
+
+Batch = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Term:
+    """An objective on a stream, with a weight and its hyperparameters."""
+
+    objective: Objective
+    on: str
+    weight: float = 1.0
+    hyper: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def label(self) -> str:
+        """How events and plots name it: ``forget/npo``."""
+        return f"{self.on}/{self.objective.name}"
+
+
+class UnlearningTrainer(Trainer):
+    """transformers' Trainer with our loss, our data order and checkpoints that are complete.
+
+    ``readings`` holds the last optimiser step's value of every term (before its weight) and the
+    mean token NLL of every stream, in nats.
+    """
+
+    loss_is_scaled_for_ga = True  # compute_loss divides by the units of the whole step itself
+
+    def __init__(
+        self,
+        *,
+        terms: Sequence[Term],
+        scorer: Scorer,
+        live: LiveReference | None = None,
+        keep_checkpoints: int | None = 2,
+        **arguments: Any,
+    ) -> None:
+        super().__init__(**arguments)
+        self.terms = tuple(terms)
+        self.scorer = scorer
+        self.live = live
+        self.keep_checkpoints = keep_checkpoints
+        self.args._n_gpu = min(self.args.n_gpu, 1)  # one process, one device: never DataParallel
+        self.readings: dict[str, Tensor] = {}
+        self.num_tokens = 0
+        self._staging: Path | None = None
+        self._want: dict[str, set[str]] = defaultdict(set)
+        for term in self.terms:
+            if term.objective.reads_logits:
+                self._want[term.on].add("logits")
+
+    # Data order
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
+        return EpochSampler(len(train_dataset or self.train_dataset), seed=self.args.seed)
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
+        """Collect the micro-batches of one optimiser step and count the units of every term."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self.readings = {}
+        return batches, self._count(batches)
+
+    def _count(self, batches: Sequence[Mapping[str, Batch]]) -> dict[str, Tensor]:
+        counts: dict[str, Tensor] = {}
+        for term in self.terms:
+            counts[term.label] = _total(term.objective.count(batch[term.on]) for batch in batches)
+        for stream in batches[0] if batches else ():
+            labels = (batch[stream]["labels"][:, 1:] for batch in batches)
+            counts[stream] = _total((part != -100).sum() for part in labels)
+            attended = (batch[stream]["attention_mask"].sum() for batch in batches)
+            self.num_tokens += int(_total(attended))
+        names = list(counts)
+        totals = torch.stack([counts[name] for name in names]).to(self.args.device)
+        totals = self.accelerator.reduce(totals, reduction="sum")
+        return dict(zip(names, totals, strict=True))
+
+    # Loss
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Tensor:
+        """Give this micro-batch's share of the step's loss."""
+        counts = num_items_in_batch
+        with self.accelerator.autocast():
+            policy = self.scorer.streams(model, inputs, want=self._want)
+            reference = self._reference(model, inputs)
+            parts = []
+            for term in self.terms:
+                values = term.objective(policy[term.on], reference.get(term.on), **term.hyper)
+                part = values.sum() / counts[term.label]
+                self._read(term.label, part)
+                parts.append(term.weight * part)
+        for stream, scores in policy.items():
+            self._read(f"{stream}/nll", -scores.log_probs.sum() / counts[stream])
+        # Engines average gradients over ranks, the counts are global: undo the average.
+        return torch.stack(parts).sum() * self.accelerator.num_processes
+
+    def _reference(self, model: Any, inputs: Mapping[str, Batch]) -> dict[str, Scores]:
+        found: dict[str, Scores] = {}
+        asked: dict[str, Batch] = {}
+        for name in {term.on for term in self.terms if term.objective.uses_reference}:
+            batch = inputs[name]
+            if "reference_log_probs" in batch and "logits" not in self._want[name]:
+                found[name] = Scores.from_log_probs(batch["reference_log_probs"], batch)
+            else:
+                asked[name] = batch
+        if asked:
+            assert self.live is not None
+            found |= self.live.streams(model, asked, self._want)
+        return found
+
+    def _read(self, name: str, part: Tensor) -> None:
+        self.readings[name] = self.readings.get(name, 0.0) + part.detach()
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Give 0: tokens are counted instead, nested batches have no single input."""
+        return 0
+
+    # Checkpoints
+
+    def _get_output_dir(self, trial: Any = None) -> str:
+        return str(self._staging or super()._get_output_dir(trial))
+
+    def _save_checkpoint(self, model: Any, trial: Any = None) -> None:
+        """Write the checkpoint elsewhere, seal it, and only then give it its name."""
+        name = f"checkpoint-{self.state.global_step}"
+        folder = Path(self.args.output_dir)
+        if checkpoints.is_complete(folder / name):
+            return
+        with checkpoints.sealed(folder / name) as staging:
+            self._staging = staging
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._staging = None
+            written = staging / name
+            for path in list(written.iterdir()):
+                os.rename(path, staging / path.name)
+            written.rmdir()
+        checkpoints.prune(folder, self.keep_checkpoints)
+
+
+def _total(parts: Any) -> Tensor:
+    return torch.stack(list(parts)).sum()
