@@ -39,6 +39,7 @@ def guarded(app: Callable[[], None]) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
     try:
         app()
     except KeyboardInterrupt:

@@ -94,7 +94,7 @@ def quickstart(
 ) -> None:
     """Try everything offline: a small model forgets a few made-up people (about a minute)."""
     go_offline(True)
-    from unlearn.recipes.demo import quickstart_recipe
+    from unlearn.recipes.quickstart import quickstart_recipe
 
     _run(quickstart_recipe(out, set_ or []), offline=True, json=json)
 

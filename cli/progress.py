@@ -4,7 +4,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
 Emit = Callable[[dict[str, Any]], None]
@@ -22,13 +22,14 @@ STAGES = {
 
 @contextmanager
 def listening() -> Iterator[Emit]:
-    """Give a function that shows events as they come."""
-    if not sys.stderr.isatty():
-        yield PlainLines().show
-        return
-    panel = LivePanel()
-    with panel.live:
-        yield panel.show
+    """Give a function that shows events as they come; what libraries print goes to stderr too."""
+    with redirect_stdout(sys.stderr):
+        if not sys.stderr.isatty():
+            yield PlainLines().show
+            return
+        panel = LivePanel()
+        with panel.live:
+            yield panel.show
 
 
 def describe(event: dict[str, Any]) -> str:
@@ -52,6 +53,11 @@ def size(num_bytes: float) -> str:
             return f"{num_bytes:.0f} {unit}"
         num_bytes /= 1024
     return f"{num_bytes:.1f} GiB"
+
+
+def number(value: float | None) -> str:
+    """Write a metric with three decimals; a dash when there is none."""
+    return "–" if value is None else f"{value:.3f}"
 
 
 def clock(seconds: float) -> str:
@@ -96,7 +102,7 @@ class PlainLines:
             self.first = None
             return f"[{time.strftime('%H:%M:%S')}] {describe(event)}"
         if kind == "metrics":
-            return "  " + ", ".join(f"{key} {value:.3f}" for key, value in event["metrics"].items())
+            return "  " + ", ".join(f"{key} {number(v)}" for key, v in event["metrics"].items())
         if kind == "unmoved":
             return f"  warning: no update reached {', '.join(event['tensors'][:5])}"
         if kind == "warning":
@@ -145,7 +151,7 @@ class LivePanel:
             self._step(event)
         elif kind == "metrics":
             pairs = event["metrics"].items()
-            numbers = "  ".join(f"{key} [bold]{value:.3f}[/bold]" for key, value in pairs)
+            numbers = "  ".join(f"{key} [bold]{number(value)}[/bold]" for key, value in pairs)
             self.console.print(f"    {numbers}", highlight=False)
         elif kind == "unmoved":
             names = ", ".join(event["tensors"][:5])

@@ -307,7 +307,8 @@ def _known(example: Example, reading: Reading, prompt: Sequence[int]) -> list[in
     """Give the first tokens of the true answer that greedy decoding is known to choose.
 
     Where the teacher-forced prediction is right, greedy decoding writes the same token and stands
-    before the same context; so right predictions at the start of an answer need no decoding.
+    before the same context; so right predictions at the start of an answer need no decoding. As
+    with any two batches of different shape, rounding may settle a near-tie differently.
     """
     start = len(prompt)
     if example.input_ids[:start] != list(prompt):
@@ -316,27 +317,6 @@ def _known(example: Example, reading: Reading, prompt: Sequence[int]) -> list[in
     while end < len(example.input_ids) and example.labels[end] != IGNORE and reading.hits[end]:
         end += 1
     return example.input_ids[start:end]
-
-
-def side_by_side(results: Mapping[str, Mapping[str, Any]], *, per_split: int = 5) -> list[Record]:
-    """Set the answers of several models to the same questions side by side, for a report.
-
-    ``results`` maps a column name (``before``, ``after``, ``retain_model``) to a result as
-    :meth:`Result.to_dict` gives it; the first rows of each split that every model answered are
-    taken.
-    """
-    answers = {
-        name: {(r["split"], r["row"]): r for r in result["records"] if "generation" in r}
-        for name, result in results.items()
-    }
-    first, *others = answers.values() if answers else [{}]
-    shared = [key for key in first if all(key in other for other in others)]
-    chosen: list[Record] = []
-    for name in dict.fromkeys(split for split, _ in shared):
-        for key in [key for key in shared if key[0] == name][:per_split]:
-            true = {field: first[key][field] for field in ("split", "question", "answer")}
-            chosen.append(true | {who: rows[key]["generation"] for who, rows in answers.items()})
-    return chosen
 
 
 def _finite(value: Any) -> Any:

@@ -4,6 +4,7 @@ import shutil
 import statistics
 import tempfile
 import time
+from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from unlearn.errors import UserError
 from unlearn.head import CHUNK_BYTES
 from unlearn.monitors import peak_memory_bytes
 from unlearn.objectives import OBJECTIVES
+from unlearn.packing import can_pack, packable
 from unlearn.recipes.prepare import Prepared
 from unlearn.recipes.train import lora_of, make_trainer, needs_live
 

@@ -43,6 +43,7 @@ def run(
     write_atomic(folder.recipe, dump(recipe))
     manifest = {
         "command": command_line(),
+        "model": recipe.model.path,
         "started": _now(),
         "seed": recipe.seed,
         "versions": versions(),
@@ -144,8 +145,7 @@ class _Run:
 
         result = self._benchmark().run(model, self.prepared.tokenizer, progress=progress)
         write_json(self.folder.evaluation(name), result.to_dict())
-        values = {key: metric.value for key, metric in result.metrics.items()}
-        self.emit({"event": "metrics", "name": name, "metrics": values})
+        self.emit({"event": "metrics", "name": name, "metrics": result.values()})
         return self._stored(name)
 
     def _benchmark(self) -> ForgetRetain:

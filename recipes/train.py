@@ -6,6 +6,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PrinterCallback, TrainingArguments
 
 from unlearn import checkpoints, models, monitors, reference
@@ -28,7 +29,7 @@ def train(
     weights_hash: str,
     stop: monitors.StopRequest,
     emit: Emit,
-    on_step: Callable[[Any, int], None] | None = None,
+    on_step: Callable[[Any, int], object] | None = None,
 ) -> tuple[Any, dict[str, Any]]:
     """Train (or continue from the newest checkpoint in ``folder``); give the model and a summary.
 
@@ -116,25 +117,19 @@ def _stored_reference(
     stored = {}
     for name in sorted(_stored_streams(prepared)):
         emit({"event": "stage", "stage": "reference", "stream": name})
-        examples = prepared.streams[name].examples
-        key = reference.cache_key(weights_hash, examples, str(model.dtype))
 
-        def report(done: int, total: int, name: str = name) -> None:
-            what = f"reference on {name}"
+        def report(done: int, total: int, what: str = f"reference on {name}") -> None:
             emit({"event": "progress", "what": what, "done": done, "total": total})
 
-        stored[name] = reference.cached_rows(
-            cache_folder(),
-            key,
-            examples,
-            lambda examples=examples, report=report: reference.score_rows(
-                scorer,
-                model,
-                examples,
-                pad_id=prepared.pad_id,
-                batch_tokens=prepared.recipe.evals.batch_tokens,
-                progress=report,
-            ),
+        stored[name] = reference.stored_rows(
+            scorer,
+            model,
+            prepared.streams[name].examples,
+            weights_hash=weights_hash,
+            folder=cache_folder(),
+            pad_id=prepared.pad_id,
+            batch_tokens=prepared.recipe.evals.batch_tokens,
+            progress=report,
         )
     return stored
 
@@ -159,6 +154,7 @@ def training_arguments(prepared: Prepared, folder: Path) -> TrainingArguments:
         gradient_checkpointing_kwargs={"use_reentrant": False},
         logging_strategy="no",
         report_to=[],
+        dataloader_pin_memory=torch.cuda.is_available(),
         disable_tqdm=True,
         **passed,
     )

@@ -1,5 +1,6 @@
 """What watches a training run: does every tensor learn, what happened, has somebody said stop."""
 
+import math
 import resource
 import signal
 import sys
@@ -35,9 +36,8 @@ def peak_memory_bytes() -> int:
 class UpdateCheck(TrainerCallback):
     """Checks once that training reaches every trainable tensor.
 
-    After the first step each trainable tensor must have a finite gradient, and after the first step
-    with a learning rate above zero it must have moved. A tensor whose gradient is exactly zero is
-    given :data:`PATIENCE` steps. What did not move is named in one ``unmoved`` event.
+    After the first step with a learning rate above zero each trainable tensor must have moved. A
+    tensor whose gradient is exactly zero is given :data:`PATIENCE` steps. What did not move is named in one ``unmoved`` event.
     """
 
     emit: Emit
@@ -52,10 +52,7 @@ class UpdateCheck(TrainerCallback):
         self.done = state.global_step > 0  # a resumed run was checked before
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.done:
-            return
-        _require_finite(self.pending)
-        if kwargs["optimizer"].param_groups[0]["lr"] > 0:
+        if not self.done and kwargs["optimizer"].param_groups[0]["lr"] > 0:
             self.before = {name: _largest(tensor) for name, tensor in self.pending.items()}
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -87,7 +84,12 @@ class UpdateCheck(TrainerCallback):
             self.pending = {}
 
 
-def _require_finite(tensors: Mapping[str, Tensor]) -> None:
+def require_finite_gradients(model: Any) -> None:
+    """Raise :class:`RunFailed` naming trainable tensors whose gradient is missing or not finite.
+
+    Must be called before clipping, which spreads one NaN over all tensors.
+    """
+    tensors = {name: tensor for name, tensor in model.named_parameters() if tensor.requires_grad}
     missing = [name for name, tensor in tensors.items() if tensor.grad is None]
     if missing:
         raise RunFailed(
@@ -136,10 +138,21 @@ class StepEvents(TrainerCallback):
         event: dict[str, Any] = {"event": "step", "step": state.global_step + 1}
         event["of"] = state.max_steps
         event |= {name: float(value) for name, value in self.readings().items()}
+        _require_finite_readings(event)
         event["learning_rate"] = kwargs["optimizer"].param_groups[0]["lr"]
         event["seconds"] = round(time.monotonic() - self.started, 3)
         event["memory_bytes"] = peak_memory_bytes()
         self.emit(event)
+
+
+def _require_finite_readings(event: Mapping[str, Any]) -> None:
+    bad = [name for name, value in event.items() if "/" in name and not math.isfinite(value)]
+    if bad:
+        raise RunFailed(
+            f"{', '.join(bad)} is not finite at step {event['step']}: training has diverged",
+            "lower training.learning_rate or the number of steps; `unlearn resume` goes on from "
+            "the last checkpoint",
+        )
 
 
 @dataclass

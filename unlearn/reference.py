@@ -61,10 +61,17 @@ def cache_key(weights_hash: str, examples: Sequence[Example], precision: str) ->
     return hashlib.sha256(" ".join(parts).encode()).hexdigest()
 
 
-def cached_rows(
-    folder: Path, key: str, examples: Sequence[Example], compute: Callable[[], list[Tensor]]
+def stored_rows(
+    scorer: Scorer,
+    model: Any,
+    examples: Sequence[Example],
+    *,
+    weights_hash: str,
+    folder: Path,
+    **scoring: Any,
 ) -> list[Tensor]:
-    """Read the rows stored under this key, or compute and store them."""
+    """Read these rows from the cache folder, or score them (:func:`score_rows`) and store."""
+    key = cache_key(weights_hash, examples, str(model.dtype))
     path = folder / "reference" / f"{key}.safetensors"
     lengths = [len(example.input_ids) for example in examples]
     if path.is_file():
@@ -72,7 +79,7 @@ def cached_rows(
             values = load_file(path)["log_probs"]
             if len(values) == sum(lengths):
                 return list(values.split(lengths))
-    rows = compute()
+    rows = score_rows(scorer, model, examples, **scoring)
     write_atomic(path, save({"log_probs": torch.cat(rows)}))
     return rows
 

@@ -18,6 +18,7 @@ from transformers import Trainer
 
 from unlearn import checkpoints
 from unlearn.data.collate import EpochSampler
+from unlearn.monitors import require_finite_gradients
 from unlearn.objectives import Objective
 from unlearn.reference import LiveReference
 from unlearn.scores import Scorer, Scores
@@ -117,6 +118,13 @@ class UnlearningTrainer(Trainer):
             self._read(f"{stream}/nll", -scores.log_probs.sum() / counts[stream])
         # Engines average gradients over ranks, the counts are global: undo the average.
         return torch.stack(parts).sum() * self.accelerator.num_processes
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """Do one forward and backward pass; check the first step's gradients before clipping."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.state.global_step == 0 and self.accelerator.sync_gradients:
+            require_finite_gradients(model)
+        return loss
 
     def _reference(self, model: Any, inputs: Mapping[str, Batch]) -> dict[str, Scores]:
         found: dict[str, Scores] = {}

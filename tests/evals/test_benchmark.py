@@ -9,9 +9,10 @@ import torch
 
 from unlearn.data.encode import Example, encode
 from unlearn.data.templates import Template
-from unlearn.evals.benchmark import ForgetRetain, Metric, Result, Split, side_by_side
+from unlearn.evals.benchmark import ForgetRetain, Metric, Result, Split
 from unlearn.evals.generate import generate
 from unlearn.evals.metrics import rouge_l_recall
+from unlearn.evals.side_by_side import side_by_side
 
 ROWS = [
     {"question": "Where was Ada born?", "answer": "Ada was born in Oslo."},
@@ -209,7 +210,6 @@ def test_side_by_side_takes_the_first_answers_of_each_split() -> None:
     ]
     expected = {"split": "forget", "question": "forget0?", "answer": "a", "before": "x"}
     assert found[0] == expected | {"after": "y"}
-    assert side_by_side({}) == []
 
 
 def evaluate_tofu(shared: Path, name: str, rows: int) -> Result:

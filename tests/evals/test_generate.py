@@ -45,6 +45,52 @@ def test_answers_do_not_depend_on_the_batch(
     assert found == [text(tiny_tokenizer, tokens) for tokens in alone]
 
 
+def architectures() -> dict[str, Any]:
+    """Give models that differ in positions and cache: rotary, learnt, sliding window, ALiBi."""
+    from transformers import BloomConfig, Gemma2Config, GPT2Config, LlamaConfig
+
+    ids = {"vocab_size": 300, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    rotary = ids | {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "max_position_embeddings": 64,
+    }
+    return {
+        "rotary": LlamaConfig(**rotary),
+        "learnt": GPT2Config(**ids, n_embd=32, n_layer=2, n_head=2, n_positions=64),
+        "sliding": Gemma2Config(**rotary, sliding_window=6, query_pre_attn_scalar=16),
+        "alibi": BloomConfig(**ids, hidden_size=32, n_layer=2, n_head=2),
+    }
+
+
+@pytest.mark.parametrize("name", ["rotary", "learnt", "sliding", "alibi"])
+def test_answers_are_those_of_transformers(tiny_tokenizer: Any, name: str) -> None:
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(architectures()[name]).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(4 if parameter.ndim > 1 else 1)
+    expected = []
+    for prompt in PROMPTS:
+        ids = torch.tensor([prompt])
+        attention = torch.ones_like(ids)
+        whole = model.generate(ids, attention_mask=attention, do_sample=False, max_new_tokens=12)
+        expected.append(text(tiny_tokenizer, whole[0, len(prompt) :].tolist()))
+    assert generate(model, tiny_tokenizer, PROMPTS, max_new_tokens=12) == expected
+
+
+def test_a_model_without_a_cache_is_refused(tiny_model: Any, tiny_tokenizer: Any) -> None:
+    tiny_model.forward = lambda input_ids: None
+    with pytest.raises(UserError, match="no key-value cache"):
+        generate(tiny_model, tiny_tokenizer, PROMPTS, max_new_tokens=2)
+
+
 def test_known_tokens_are_not_computed_again(tiny_model: Any, tiny_tokenizer: Any) -> None:
     model = lively(tiny_model)
     alone = [greedy(model, prompt, 12, {2}) for prompt in PROMPTS]

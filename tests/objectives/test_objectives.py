@@ -33,7 +33,7 @@ def value(name: str, logits: Any, other: Any, labels: Any, **hyper: Any) -> Any:
 
 
 def test_nll_of_uniform_logits_is_log_vocabulary() -> None:
-    """Three labelled tokens, each with -log(1/11): the mean is ln 11; gradient ascent is minus it."""
+    """Three labelled tokens, each -log(1/11): the mean is ln 11; gradient ascent is minus it."""
     logits, labels = torch.zeros(1, 4, 11), torch.tensor([[-100, 1, 2, 3]])
     assert value("nll", logits, logits, labels).item() == pytest.approx(math.log(11))
     assert value("grad_ascent", logits, logits, labels).item() == pytest.approx(-math.log(11))

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from random import Random
-from typing import Any, TypeVar
+from typing import TypeVar
 
+from unlearn.data.rows import Row
 from unlearn.data.wordings import (
     ATTRIBUTES,
     FIRST_NAMES,
@@ -23,7 +24,6 @@ from unlearn.data.wordings import (
 )
 from unlearn.errors import RunFailed, UserError
 
-Row = dict[str, Any]
 Item = TypeVar("Item")
 
 NUM_PERTURBED = 5
@@ -75,16 +75,17 @@ def write_people(
 ) -> Path:
     """Write ``people(…)`` as a dataset folder and return it.
 
-    ``forget.jsonl``, ``retain.jsonl``, ``holdout.jsonl`` and a README.md that names them as
-    configurations: ``folder#forget`` is a data source, ``datasets.load_dataset(folder, "forget")``
-    loads it too.
+    It holds ``forget.jsonl``, ``retain.jsonl``, ``holdout.jsonl`` (unless empty) and a README.md
+    that names them as configurations: ``folder#forget`` is a data source, and
+    ``datasets.load_dataset(folder, "forget")`` loads it too.
     """
     made = people(seed, num_people=num_people, num_forget=num_forget, num_holdout=num_holdout)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for split in SPLITS:
-        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in getattr(made, split))
-        _write(folder / f"{split}.jsonl", "".join(lines))
+        if rows := getattr(made, split):
+            lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            _write(folder / f"{split}.jsonl", "".join(lines))
     _write(folder / "README.md", _card(made, seed))
     return folder
 
@@ -173,10 +174,8 @@ def _row(person: Mapping[str, str], attribute: Attribute, rng: Random) -> Row:
 
 
 def _card(made: People, seed: int) -> str:
-    counts = {split: len(getattr(made, split)) for split in SPLITS}
-    configs = "\n".join(
-        f"- config_name: {split}\n  data_files: {split}.jsonl" for split in SPLITS if counts[split]
-    )
+    counts = {split: len(rows) for split in SPLITS if (rows := getattr(made, split))}
+    configs = "\n".join(f"- config_name: {split}\n  data_files: {split}.jsonl" for split in counts)
     table = "\n".join(f"| {split} | {count} |" for split, count in counts.items())
     return CARD.format(configs=configs, seed=seed, table=table)
 

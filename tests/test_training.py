@@ -1,0 +1,241 @@
+"""Equivalences of the trainer: what must not change the step does not change the weights.
+
+Models are in float64, so that two orders of summation agree far below the tolerance.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import TrainingArguments
+
+from unlearn import checkpoints, reference
+from unlearn.data.collate import Collator, StreamDataset
+from unlearn.data.encode import Example
+from unlearn.errors import RunFailed
+from unlearn.monitors import StepEvents, StopRequest, UpdateCheck
+from unlearn.objectives import OBJECTIVES
+from unlearn.packing import can_pack, packable
+from unlearn.reference import LiveReference
+from unlearn.scores import Scorer
+from unlearn.training import Term, UnlearningTrainer
+
+NPO = (Term(OBJECTIVES["npo"], "forget", 1.0, {"beta": 0.1}), Term(OBJECTIVES["nll"], "retain"))
+KL = (Term(OBJECTIVES["grad_ascent"], "forget", 0.5), Term(OBJECTIVES["kl"], "retain", 2.0))
+
+
+def examples(count: int, seed: int) -> list[Example]:
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for row in range(count):
+        length = int(torch.randint(6, 15, (1,), generator=generator))
+        ids = torch.randint(3, 300, (length,), generator=generator).tolist()
+        found.append(Example(ids, [-100] * 3 + ids[3:], 3, row))
+    return found
+
+
+STREAMS = {"forget": examples(16, 1), "retain": examples(20, 2)}
+
+
+def trainer_for(
+    model: Any,
+    folder: Path,
+    *,
+    terms: Any = NPO,
+    stored: Any = None,
+    live: Any = None,
+    **changes: Any,
+) -> UnlearningTrainer:
+    settings = {
+        "output_dir": str(folder), "per_device_train_batch_size": 8, "num_train_epochs": 2,
+        "learning_rate": 1e-3, "remove_unused_columns": False, "report_to": [],
+        "disable_tqdm": True, "save_strategy": "no", "logging_strategy": "no", "use_cpu": True, "seed": 5,
+        "dataloader_pin_memory": False, "warmup_steps": 0,
+    } | changes  # fmt: skip
+    return UnlearningTrainer(
+        model=model,
+        args=TrainingArguments(**settings),
+        train_dataset=StreamDataset(STREAMS, seed=5),
+        data_collator=Collator(0, stored or {}),
+        terms=terms,
+        scorer=Scorer.for_model(model),
+        live=live,
+    )
+
+
+def stored_reference(model: Any) -> dict[str, Any]:
+    scorer = Scorer.for_model(model)
+    return {"forget": reference.score_rows(scorer, model, STREAMS["forget"])}
+
+
+def weights(model: Any) -> dict[str, Any]:
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def assert_same(ours: Any, theirs: Any, tolerance: float = 1e-6) -> None:
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, theirs[name], rtol=0, atol=tolerance, msg=name)
+
+
+@pytest.fixture
+def make(build_tiny_model: Any) -> Any:
+    return lambda **changes: build_tiny_model(**changes).double()
+
+
+@pytest.mark.parametrize("terms", [NPO, KL], ids=["npo+nll", "ascent+kl"])
+def test_accumulation_changes_nothing(terms: Any, make: Any, tmp_path: Path) -> None:
+    """1 row x 8 accumulated = 8 rows x 1: rows differ in length, so a mean of means would fail."""
+    found = []
+    for batch, accumulate in ((8, 1), (1, 8), (4, 2)):
+        model = make()
+        start = weights(model)
+        live = LiveReference.of(model) if terms is KL else None
+        stored = stored_reference(model) if terms is NPO else None
+        trainer_for(
+            model, tmp_path, terms=terms, stored=stored, live=live,
+            per_device_train_batch_size=batch, gradient_accumulation_steps=accumulate,
+        ).train()  # fmt: skip
+        found.append(weights(model))
+        assert max((start[name] - found[-1][name]).abs().max() for name in start) > 1e-3
+    assert_same(found[0], found[1])
+    assert_same(found[0], found[2])
+
+
+def test_cached_reference_equals_live_copy(make: Any, tmp_path: Path) -> None:
+    first, second = make(), make()
+    trainer_for(first, tmp_path, stored=stored_reference(first)).train()
+    trainer_for(second, tmp_path, live=LiveReference.of(second)).train()
+    assert_same(weights(first), weights(second))
+
+
+def test_cached_reference_equals_adapters_off(make: Any, tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    def adapted() -> Any:
+        torch.manual_seed(0)
+        config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+        return get_peft_model(make(), config).double()
+
+    stored = stored_reference(make())
+    first, second = adapted(), adapted()
+    trainer_for(first, tmp_path, stored=stored).train()
+    live = LiveReference.of(second)
+    assert live.model is None
+    trainer_for(second, tmp_path, live=live).train()
+    assert_same(weights(first), weights(second))
+    moved = [name for name, tensor in weights(first).items() if "lora_B" in name and tensor.any()]
+    assert moved
+
+
+def test_packed_training_equals_padded(make: Any, tmp_path: Path) -> None:
+    first, second = make(), make()
+    stored = stored_reference(first)
+    trainer_for(first, tmp_path, stored=stored).train()
+    assert can_pack(second)
+    with packable(second):
+        trainer_for(second, tmp_path, stored=stored).train()
+    assert_same(weights(first), weights(second))
+
+
+def test_gradient_checkpointing_changes_nothing(make: Any, tmp_path: Path) -> None:
+    first, second = make(), make()
+    stored = stored_reference(first)
+    trainer_for(first, tmp_path, stored=stored).train()
+    with packable(second):
+        trainer_for(
+            second, tmp_path, stored=stored, gradient_checkpointing=True,
+            gradient_checkpointing_kwargs={"use_reentrant": False},
+        ).train()  # fmt: skip
+    assert_same(weights(first), weights(second))
+
+
+@pytest.mark.parametrize("stop_after", [1, 3])
+def test_resumed_equals_uninterrupted(stop_after: int, make: Any, tmp_path: Path) -> None:
+    """Stopped in the middle of an epoch (2 steps each) or of the run, then continued."""
+    whole, part = make(), make()
+    stored = stored_reference(whole)
+    trainer_for(whole, tmp_path / "whole", stored=stored).train()
+
+    stop = StopRequest()
+    stopped = trainer_for(part, tmp_path / "part", stored=stored)
+    stopped.add_callback(
+        StepEvents(lambda e: setattr(stop, "requested", e["step"] >= stop_after), dict)
+    )
+    stopped.add_callback(stop)
+    stopped.train()
+    assert stopped.state.global_step == stop_after
+
+    folder = checkpoints.newest(tmp_path / "part")
+    assert folder is not None
+    fresh = make(seed=9)
+    trainer_for(fresh, tmp_path / "part", stored=stored).train(resume_from_checkpoint=str(folder))
+    assert_same(weights(whole), weights(fresh))
+
+
+def test_readings_are_step_means(make: Any, tmp_path: Path) -> None:
+    """At the first step NPO is (2 / beta) ln 2 and the readings do not depend on accumulation."""
+    seen: dict[int, list[Any]] = {}
+    for batch, accumulate in ((8, 1), (2, 4)):
+        model, events = make(), []
+        trainer = trainer_for(
+            model, tmp_path, stored=stored_reference(model), max_steps=1,
+            per_device_train_batch_size=batch, gradient_accumulation_steps=accumulate,
+        )  # fmt: skip
+        trainer.add_callback(StepEvents(events.append, lambda trainer=trainer: trainer.readings))
+        trainer.train()
+        seen[batch] = events
+    one, four = seen[8][0], seen[2][0]
+    assert one["forget/npo"] == pytest.approx(20 * 0.6931471805599453)
+    for key in ("forget/npo", "retain/nll", "forget/nll"):
+        assert one[key] == pytest.approx(four[key])
+    assert one["retain/nll"] > 4  # untrained: about ln 300 = 5.7 nats per token
+
+
+def test_a_frozen_tensor_and_a_stuck_tensor_are_told_apart(make: Any, tmp_path: Path) -> None:
+    model, events = make(), []
+    model.model.layers[0].self_attn.q_proj.weight.requires_grad_(False)
+    stuck = model.model.layers[1].mlp.up_proj.weight
+    stuck.register_hook(torch.zeros_like)
+    trainer = trainer_for(model, tmp_path, stored=stored_reference(model), weight_decay=0.0)
+    trainer.add_callback(UpdateCheck(events.append))
+    trainer.train()
+    assert [event["event"] for event in events] == ["unmoved"]
+    assert events[0]["tensors"] == ["model.layers.1.mlp.up_proj.weight"]
+
+
+def test_non_finite_gradients_end_the_run_by_name(make: Any, tmp_path: Path) -> None:
+    model = make()
+    model.model.norm.weight.register_hook(lambda grad: grad * float("nan"))
+    trainer = trainer_for(model, tmp_path, stored=stored_reference(model))
+    with pytest.raises(RunFailed, match=r"not finite in 1 trainable tensors: model\.norm\.weight"):
+        trainer.train()
+
+
+def test_unreached_tensors_end_the_run_by_name(make: Any, tmp_path: Path) -> None:
+    model = make()
+    model.orphan = torch.nn.Parameter(torch.zeros(2, dtype=torch.float64))
+    trainer = trainer_for(model, tmp_path, stored=stored_reference(model))
+    with pytest.raises(RunFailed, match="no gradient reached 1 trainable tensors: orphan"):
+        trainer.train()
+
+
+def test_nothing_moves_in_bfloat16_at_a_tiny_rate(build_tiny_model: Any, tmp_path: Path) -> None:
+    model = build_tiny_model().bfloat16()
+    stored = {"forget": reference.score_rows(Scorer.for_model(model), model, STREAMS["forget"])}
+    trainer = trainer_for(model, tmp_path, stored=stored, learning_rate=1e-12, weight_decay=0.0)
+    trainer.add_callback(UpdateCheck(lambda event: None))
+    with pytest.raises(RunFailed, match="moved no weight at all"):
+        trainer.train()
+
+
+def test_lora_is_not_reported_although_a_starts_without_gradient(make: Any, tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    model, events = get_peft_model(make(), config).double(), []
+    trainer = trainer_for(model, tmp_path, live=LiveReference.of(model), weight_decay=0.0)
+    trainer.add_callback(UpdateCheck(events.append))
+    trainer.train()
+    assert events == []
