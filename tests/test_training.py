@@ -49,8 +49,8 @@ def trainer_for(
 ) -> UnlearningTrainer:
     settings = {
         "output_dir": str(folder), "per_device_train_batch_size": 8, "num_train_epochs": 2,
-        "learning_rate": 1e-3, "remove_unused_columns": False, "report_to": [],
-        "disable_tqdm": True, "save_strategy": "no", "logging_strategy": "no", "use_cpu": True, "seed": 5,
+        "learning_rate": 1e-3, "remove_unused_columns": False, "report_to": [], "seed": 5,
+        "disable_tqdm": True, "save_strategy": "no", "logging_strategy": "no", "use_cpu": True,
         "dataloader_pin_memory": False, "warmup_steps": 0,
     } | changes  # fmt: skip
     return UnlearningTrainer(

@@ -37,7 +37,8 @@ class UpdateCheck(TrainerCallback):
     """Checks once that training reaches every trainable tensor.
 
     After the first step with a learning rate above zero each trainable tensor must have moved. A
-    tensor whose gradient is exactly zero is given :data:`PATIENCE` steps. What did not move is named in one ``unmoved`` event.
+    tensor whose gradient is exactly zero is given :data:`PATIENCE` steps. What did not move is
+    named in one ``unmoved`` event.
     """
 
     emit: Emit

@@ -1,9 +1,9 @@
 """Padding-free forward passes: rows are laid end to end, only attention sees them as rows.
 
-Every linear layer then works on real tokens alone; the rows are laid out with padding just around
-the attention product, which runs on any device and needs no extra kernels. Only models with plain
-causal attention are packed, and only after :func:`can_pack` has compared the result with the
-model's own logits.
+Every linear layer then works on real tokens alone. Just around the attention product the rows are
+laid out with padding, in groups of similar length; that runs on any device and needs no extra
+kernels. Only models with plain causal attention are packed, and only after :func:`can_pack` has
+compared the result with the model's own logits.
 """
 
 from collections.abc import Iterator
@@ -20,15 +20,37 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 NAME = "unlearn_packed"
+SHORTEST = 0.65
+"""A row shorter than this share of the longest of its group starts a new group."""
 _active: ContextVar[bool] = ContextVar("packing", default=False)
 
 
 @dataclass(frozen=True)
+class Group:
+    """Rows of similar length that attend together: their tokens' slots in [rows * width]."""
+
+    slots: Int[Tensor, " token"]
+    rows: int
+    width: int
+
+    def unpack(self, tokens: Tensor) -> Tensor:
+        """[token, heads, size] -> [rows, heads, width, size], zeros at padding."""
+        flat = tokens.new_zeros(self.rows * self.width, *tokens.shape[1:])
+        flat = flat.index_copy(0, self.slots, tokens)
+        return flat.unflatten(0, (self.rows, self.width)).transpose(1, 2)
+
+    def pack(self, attended: Tensor) -> Tensor:
+        """[rows, width, heads, size] -> [token, heads, size]."""
+        return attended.flatten(0, 1).index_select(0, self.slots)
+
+
+@dataclass(frozen=True)
 class Packing:
-    """Where each real token of a right-padded [batch, width] layout stands, row after row."""
+    """Where each real token of a right-padded [batch, width] layout stands, longest row first."""
 
     places: Int[Tensor, " token"]
     positions: Int[Tensor, "1 token"]
+    groups: tuple[Group, ...]
     batch: int
     width: int
 
@@ -36,8 +58,12 @@ class Packing:
     def of(cls, attended: Bool[Tensor, "batch width"]) -> "Packing":
         """Read the layout off an attention mask."""
         batch, width = attended.shape
-        places = attended.flatten().nonzero().squeeze(-1)
-        return cls(places, (places % width)[None], batch, width)
+        lengths, order = attended.sum(-1).sort(descending=True, stable=True)
+        sorted_mask = attended[order]
+        starts = (order * width)[:, None] + torch.arange(width, device=order.device)
+        places = starts[sorted_mask]
+        groups = tuple(_groups(lengths.tolist(), order.device))
+        return cls(places, (places % width)[None], groups, batch, width)
 
     def pack(self, padded: Tensor) -> Tensor:
         """[batch, width, ...] -> [1, token, ...]."""
@@ -53,10 +79,27 @@ class Packing:
         self, module: Any, query: Tensor, key: Tensor, value: Tensor, **arguments: Any
     ) -> Tensor:
         """Run causal attention within each row; inputs are [1, heads, token, width]."""
-        rows = [self.unpack(part.transpose(1, 2)).transpose(1, 2) for part in (query, key, value)]
         arguments["is_causal"] = True
-        output, _ = sdpa_attention_forward(module, *rows, None, **arguments)
-        return self.pack(output)
+        sizes = [len(group.slots) for group in self.groups]
+        parts = (part[0].transpose(0, 1).split(sizes) for part in (query, key, value))
+        outputs = []
+        for group, *tokens in zip(self.groups, *parts, strict=True):
+            rows = [group.unpack(part) for part in tokens]
+            output, _ = sdpa_attention_forward(module, *rows, None, **arguments)
+            outputs.append(group.pack(output))
+        return torch.cat(outputs)[None]
+
+
+def _groups(lengths: list[int], device: torch.device) -> Iterator[Group]:
+    """Cut rows, longest first, where one falls below :data:`SHORTEST` of its group's longest."""
+    start = 0
+    for end in range(1, len(lengths) + 1):
+        if end == len(lengths) or lengths[end] < SHORTEST * lengths[start]:
+            width = lengths[start]
+            counts = torch.tensor(lengths[start:end], device=device)
+            mask = torch.arange(width, device=device) < counts[:, None]
+            yield Group(mask.flatten().nonzero().squeeze(-1), end - start, width)
+            start = end
 
 
 def attention(

@@ -62,6 +62,7 @@ def staged(folder: Path) -> Iterator[Path]:
         yield staging
         for path in staging.rglob("*"):
             if path.is_file():
+                path.chmod(0o644)  # some writers leave files readable by their owner alone
                 _flush(path)
         os.chmod(staging, 0o755)
         if folder.exists():
