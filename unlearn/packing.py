@@ -25,6 +25,34 @@ SHORTEST = 0.65
 _active: ContextVar[bool] = ContextVar("packing", default=False)
 
 
+class _Scatter(torch.autograd.Function):
+    """Put rows at distinct places of a larger zero tensor; keeps only the places for backward."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, places: Tensor, size: int) -> Tensor:
+        ctx.save_for_backward(places)
+        return rows.new_zeros(size, *rows.shape[1:]).index_copy_(0, places, rows)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad.index_select(0, *ctx.saved_tensors), None, None
+
+
+class _Gather(torch.autograd.Function):
+    """Take the rows at distinct places: the transpose of :class:`_Scatter`."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, places: Tensor) -> Tensor:
+        ctx.save_for_backward(places)
+        ctx.size = len(rows)
+        return rows.index_select(0, places)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (places,) = ctx.saved_tensors
+        return grad.new_zeros(ctx.size, *grad.shape[1:]).index_copy_(0, places, grad), None
+
+
 @dataclass(frozen=True)
 class Group:
     """Rows of similar length that attend together: their tokens' slots in [rows * width]."""
@@ -35,13 +63,12 @@ class Group:
 
     def unpack(self, tokens: Tensor) -> Tensor:
         """[token, heads, size] -> [rows, heads, width, size], zeros at padding."""
-        flat = tokens.new_zeros(self.rows * self.width, *tokens.shape[1:])
-        flat = flat.index_copy(0, self.slots, tokens)
+        flat = _Scatter.apply(tokens, self.slots, self.rows * self.width)
         return flat.unflatten(0, (self.rows, self.width)).transpose(1, 2)
 
     def pack(self, attended: Tensor) -> Tensor:
         """[rows, width, heads, size] -> [token, heads, size]."""
-        return attended.flatten(0, 1).index_select(0, self.slots)
+        return _Gather.apply(attended.flatten(0, 1), self.slots)
 
 
 @dataclass(frozen=True)
@@ -67,12 +94,11 @@ class Packing:
 
     def pack(self, padded: Tensor) -> Tensor:
         """[batch, width, ...] -> [1, token, ...]."""
-        return padded.flatten(0, 1).index_select(0, self.places)[None]
+        return _Gather.apply(padded.flatten(0, 1), self.places)[None]
 
     def unpack(self, packed: Tensor) -> Tensor:
         """[1, token, ...] -> [batch, width, ...], zeros at padding."""
-        flat = packed.new_zeros(self.batch * self.width, *packed.shape[2:])
-        flat = flat.index_copy(0, self.places, packed[0])
+        flat = _Scatter.apply(packed[0], self.places, self.batch * self.width)
         return flat.unflatten(0, (self.batch, self.width))
 
     def attend(
