@@ -3,19 +3,47 @@
 Exit codes: 0 ok, 1 failed, 2 user mistake, 75 interrupted and resumable.
 """
 
+import io
 import json as json_module
+import logging
 import os
+import shlex
+import signal
 import sys
 import traceback
-from collections.abc import Callable
-from typing import Annotated, Any
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, TextIO
 
 import typer
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
-Offline = Annotated[bool, typer.Option("--offline", help="Open no socket: local files only.")]
+MACHINES = "For scripts"
+Json = Annotated[
+    bool,
+    typer.Option(
+        "--json",
+        metavar="",
+        help="Print one JSON object on stdout and nothing else.",
+        rich_help_panel=MACHINES,
+    ),
+]
+Offline = Annotated[
+    bool,
+    typer.Option(
+        "--offline",
+        metavar="",
+        help="Open no connection: local files and what is already downloaded.",
+        rich_help_panel=MACHINES,
+    ),
+]
 
 OK, FAILED, MISTAKE, INTERRUPTED = 0, 1, 2, 75
+WORDS = {FAILED: "failed", MISTAKE: "error", INTERRUPTED: "interrupted"}
+FULL_DISK = ("No space left on device", "PytorchStreamWriter failed", "inline_container.cc")
+"""How a full disk reads: from the system, and from torch, which does not pass the cause on."""
 
 
 def go_offline(offline: bool) -> None:
@@ -28,59 +56,202 @@ def go_offline(offline: bool) -> None:
 def say(value: Any, *, json: bool, people: Callable[[Any], None]) -> None:
     """Print a result: as one JSON object, or as text for people."""
     if json:
-        print(json_module.dumps(value, indent=2, ensure_ascii=False, default=str))
+        text = json_module.dumps(value, indent=2, ensure_ascii=False, default=str)
+        print(text, file=getattr(sys.stdout, "real", sys.stdout), flush=True)
     else:
         people(value)
 
 
-def guarded(app: Callable[[], None]) -> None:
+def guarded(app: Callable[..., Any]) -> None:
     """Run an application and exit: user mistakes and known failures are one line, no traceback."""
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
+    debug = "--debug" in sys.argv
+    if debug:
+        sys.argv.remove("--debug")
+    json = "--json" in sys.argv and not {"-h", "--help"} & set(sys.argv)
+    code: int | None = None
+    with _quiet_libraries(debug=debug):
+        try:
+            with _stoppable(), _reserved_stdout() if json else nullcontext():
+                code = app(standalone_mode=False)
+                sys.stdout.flush()
+        except BrokenPipeError:  # the reader of our output has gone: nothing is left to say
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            code = FAILED
+        except BaseException as error:
+            code = _report(error, json=json, debug=debug)
+    raise SystemExit(code or OK)
+
+
+@dataclass
+class Explained:
+    """An error for people: exit code, cause and what to do; ``known`` unless it is a bug."""
+
+    code: int
+    message: str
+    hint: str = ""
+    known: bool = True
+
+
+class InRun(Exception):
+    """Wraps what stopped a run, to say in which folder it happened."""
+
+    def __init__(self, cause: BaseException, folder: Path) -> None:
+        super().__init__(str(cause))
+        self.cause, self.folder = cause, folder
+
+
+@contextmanager
+def naming(folder: Path) -> Iterator[None]:
+    """Let everything that stops this block know the run folder, for the hint how to go on."""
+    from unlearn.errors import UserError
+
     try:
-        app()
-    except KeyboardInterrupt:
-        _leave(INTERRUPTED, "interrupted", "`unlearn resume FOLDER` continues a run that had begun")
-    except Exception as error:
-        if os.environ.get("UNLEARN_DEBUG"):
-            traceback.print_exc()
-        code, message, hint = explain(error)
-        if code == FAILED and not hint and not os.environ.get("UNLEARN_DEBUG"):
-            traceback.print_exc()
-        _leave(code, message, hint)
+        yield
+    except UserError:
+        raise
+    except BaseException as error:
+        raise InRun(error, folder) from error
 
 
-def explain(error: BaseException) -> tuple[int, str, str]:
+def explain(error: BaseException) -> Explained:
     """Give exit code, cause and what to do for an exception."""
     from unlearn.errors import Interrupted, RunFailed, UserError
 
+    folder = error.folder if isinstance(error, InRun) else None
+    error = error.cause if isinstance(error, InRun) else error
+    begun = folder is not None and (folder / "recipe.yaml").is_file()
+    resume = f"`unlearn resume {shlex.quote(str(folder))}`" if begun else "the same command"
+    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     if isinstance(error, UserError):
-        return MISTAKE, error.message, error.hint
-    if isinstance(error, Interrupted):
-        return INTERRUPTED, str(error), "continue with `unlearn resume FOLDER`"
+        return Explained(MISTAKE, error.message, error.hint)
+    if isinstance(error, Interrupted | Halt | KeyboardInterrupt):
+        how = f"{resume} continues it" if begun else f"nothing was written; {resume} starts again"
+        return Explained(INTERRUPTED, text or "stopped on request", how)
     if isinstance(error, RunFailed):
-        return FAILED, error.message, error.hint
-    if "No space left on device" in str(error):
-        hint = "free some space or move --out, then `unlearn resume FOLDER`"
-        return FAILED, f"the disk is full: {error}", hint
-    if type(error).__name__ == "OutOfMemoryError" or "out of memory" in str(error).lower():
-        hint = (
-            "lower training.per_device_train_batch_size and raise gradient_accumulation_steps, "
-            "set training.gradient_checkpointing=true, or use --lora; see `unlearn plan`"
-        )
-        return FAILED, "out of memory", hint
-    return FAILED, f"{type(error).__name__}: {error}", ""
+        return Explained(FAILED, error.message, error.hint)
+    if hasattr(error, "format_message"):  # typer's or click's own, two classes of one shape
+        return _usage(error)
+    if any(sign in str(error) for sign in FULL_DISK):
+        where = f" where '{folder}' is written" if folder else ""
+        return Explained(FAILED, f"the disk{where} is full", f"free some space, then {resume}")
+    if type(error).__name__ == "OutOfMemoryError" or "out of memory" in text.lower():
+        return Explained(FAILED, "out of memory", _lower_memory(resume if begun else ""))
+    if isinstance(error, OSError) and error.strerror:
+        name = f": '{error.filename}'" if error.filename else ""
+        return Explained(FAILED, f"{error.strerror}{name}", f"when that is put right, {resume}")
+    hint = "this looks like a bug; --debug shows the traceback"
+    return Explained(FAILED, f"{type(error).__name__}: {text}", hint, known=False)
 
 
-def _leave(code: int, message: str, hint: str) -> None:
-    word = {MISTAKE: "error", FAILED: "failed", INTERRUPTED: "interrupted"}[code]
-    print(f"{word}: {message}", file=sys.stderr)
-    if hint:
-        print(f"  hint: {hint}", file=sys.stderr)
-    if "--json" in sys.argv:
-        report = {"error": {"kind": word, "message": message, "hint": hint, "exit_code": code}}
-        print(json_module.dumps(report, ensure_ascii=False))
-    raise SystemExit(code)
+def _lower_memory(resume: str) -> str:
+    settings = (
+        "lower training.per_device_train_batch_size and raise gradient_accumulation_steps, "
+        "set training.gradient_checkpointing=true, or use --lora; see `unlearn plan`"
+    )
+    return f"{settings}; or free memory and {resume}" if resume else settings
+
+
+def _usage(error: Any) -> Explained:
+    if type(error).__name__ == "NoArgsIsHelpError":  # the help is on the screen already
+        return Explained(MISTAKE, "")
+    message = error.format_message()
+    command = getattr(getattr(error, "ctx", None), "command_path", "unlearn")
+    return Explained(MISTAKE, message[:1].lower() + message[1:].rstrip("."), f"{command} --help")
+
+
+def _report(error: BaseException, *, json: bool, debug: bool) -> int:
+    """Print an error; an unknown one inside a run leaves its traceback in the run folder."""
+    found = explain(error)
+    if not found.message:
+        return found.code
+    if not found.known and isinstance(error, InRun):
+        log = error.folder / "error.log"
+        with suppress(OSError):
+            log.write_text("".join(traceback.format_exception(error.cause)), encoding="utf-8")
+            found.hint = f"the traceback is in {log}; --debug shows it here"
+    if debug:
+        traceback.print_exception(error.cause if isinstance(error, InRun) else error)
+    word = WORDS[found.code]
+    print(f"{word}: {found.message}", file=sys.stderr)
+    if found.hint:
+        print(f"  hint: {found.hint}", file=sys.stderr)
+    if json:
+        report = {"kind": word, "message": found.message, "hint": found.hint}
+        print(json_module.dumps({"error": report | {"exit_code": found.code}}, ensure_ascii=False))
+    return found.code
+
+
+class Halt(BaseException):
+    """SIGINT or SIGTERM outside a run's own handling; nothing but us may catch it."""
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    def halt(number: int, frame: Any) -> None:
+        raise Halt
+
+    before = {number: signal.signal(number, halt) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class _Aside(io.TextIOBase):
+    """A stdout that sends what libraries print to stderr; ``say`` writes to ``real``."""
+
+    def __init__(self, real: TextIO) -> None:
+        self.real = real
+
+    def write(self, text: str) -> int:
+        return sys.stderr.write(text)
+
+    def flush(self) -> None:
+        sys.stderr.flush()
+
+
+@contextmanager
+def _reserved_stdout() -> Iterator[None]:
+    """Keep stdout for ``say`` alone, against Python's print and against writes to descriptor 1."""
+    try:
+        number = sys.stdout.fileno()
+    except (OSError, ValueError, AttributeError):  # not a file, as in tests
+        with redirect_stdout(_Aside(sys.stdout)):
+            yield
+        return
+    sys.stdout.flush()
+    saved = os.dup(number)
+    os.dup2(2, number)
+    try:
+        with open(os.dup(saved), "w", encoding="utf-8") as real, redirect_stdout(_Aside(real)):
+            yield
+    finally:
+        os.dup2(saved, number)
+        os.close(saved)
+
+
+@contextmanager
+def _quiet_libraries(*, debug: bool) -> Iterator[None]:
+    """Keep libraries' chatter off the screen; warnings of our own become ``warning: …`` lines."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if debug:
+        yield
+        return
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    logging.getLogger("DeepSpeed").addFilter(_serious)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.filterwarnings("once", module=r"unlearn\b")
+        warnings.showwarning = _show_warning
+        yield
+
+
+def _serious(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR
+
+
+def _show_warning(message: Warning | str, *details: Any) -> None:
+    print(f"warning: {message}", file=sys.stderr)

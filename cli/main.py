@@ -1,46 +1,91 @@
 """The ``unlearn`` command. Heavy imports happen inside the commands: ``--help`` must stay quick."""
 
-import os
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from unlearn.cli import data, recipes
-from unlearn.cli.entry import Json, Offline, go_offline, guarded, say
+from unlearn.cli.entry import Json, Offline, go_offline, guarded, naming, say
+from unlearn.cli.progress import Emit, listening
+
+RUNS, BEFORE = "Runs", "Before a run"
+GIVEN, HOW = "What is run", "How it is run"
 
 app = typer.Typer(
     help="Remove data from language models and show evidence a reader can check.",
+    epilog="Try it without any files: [bold]unlearn quickstart[/bold]",
+    rich_markup_mode="rich",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.add_typer(data.app, name="data")
-app.add_typer(recipes.app, name="recipes")
+app.add_typer(data.app, name="data", rich_help_panel=BEFORE)
+app.add_typer(recipes.app, name="recipes", rich_help_panel=BEFORE)
 
 Method = Annotated[
-    str, typer.Argument(help="A method (npo, …), a preset (tofu-tiny/npo) or a recipe file.")
+    str,
+    typer.Argument(
+        metavar="METHOD",
+        help="A method ([bold]npo[/bold], …), a preset ([bold]tofu-tiny/npo[/bold]) or a file.",
+    ),
 ]
-Model = Annotated[str | None, typer.Option(help="Folder or hub name of the model to change.")]
-Forget = Annotated[str | None, typer.Option(help="What to remove: FILE, FOLDER#CONFIG:SPLIT, …")]
-Retain = Annotated[str | None, typer.Option(help="What to keep, in the same form.")]
-Out = Annotated[Path | None, typer.Option(help="New folder for the run.")]
+Model = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MODEL", help="Folder or hub name of the model to change.", rich_help_panel=GIVEN
+    ),
+]
+Forget = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SOURCE",
+        help="Rows to forget: FILE, or FOLDER or hub name with #CONFIG and :SPLIT.",
+        rich_help_panel=GIVEN,
+    ),
+]
+Retain = Annotated[
+    str | None,
+    typer.Option(metavar="SOURCE", help="Rows to keep, in the same form.", rich_help_panel=GIVEN),
+]
+Out = Annotated[
+    Path | None,
+    typer.Option(metavar="FOLDER", help="New folder for the run.", rich_help_panel=GIVEN),
+]
 Preset = Annotated[
-    str | None, typer.Option("--recipe", help="Preset or recipe file to start from.")
+    str | None,
+    typer.Option(
+        "--recipe",
+        metavar="RECIPE",
+        help="Preset or recipe file with the settings for METHOD.",
+        rich_help_panel=HOW,
+    ),
 ]
-Lora = Annotated[bool, typer.Option("--lora", help="Train low-rank adapters only.")]
+Lora = Annotated[
+    bool,
+    typer.Option("--lora", metavar="", help="Train low-rank adapters only.", rich_help_panel=HOW),
+]
 Set = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one recipe key.")
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Change one recipe key; may be given again. `recipes show npo --resolved` lists them.",
+        rich_help_panel=HOW,
+    ),
 ]
 
 
 @app.callback(invoke_without_command=True)
 def root(
-    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", metavar="", help="Print the version.")
+    ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", metavar="", help="Show tracebacks and library warnings.")
+    ] = False,
 ) -> None:
-    if debug:
-        os.environ["UNLEARN_DEBUG"] = "1"
+    """Options before the command; --debug is taken out by ``guarded``, wherever it stands."""
     if version:
         from unlearn import __version__
 
@@ -48,7 +93,11 @@ def root(
         raise typer.Exit
 
 
-@app.command()
+@app.command(
+    rich_help_panel=RUNS,
+    epilog="Example: [bold]unlearn run npo --model models/target --forget people#forget "
+    "--retain people#retain --out runs/a --set training.learning_rate=2e-5[/bold]",
+)
 def run(
     method: Method,
     model: Model = None,
@@ -63,43 +112,60 @@ def run(
 ) -> None:
     """Unlearn: train a model to lose the forget set and keep the retain set."""
     changes = _changes(model=model, forget=forget, retain=retain, out=out)
-    _run(_resolve(method, recipe, changes, set_ or [], lora), offline=offline, json=json)
+    with listening() as emit:
+        emit({"event": "stage", "stage": "start"})
+        resolved = _resolve(method, recipe, changes, set_ or [], lora)
+        results = _run(resolved, emit, offline=offline)
+    _show(results, json=json)
 
 
-@app.command()
+@app.command(rich_help_panel=RUNS, epilog="Example: [bold]unlearn resume runs/a[/bold]")
 def resume(
-    folder: Annotated[Path, typer.Argument(help="The --out folder of a stopped run.")],
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="The --out folder of a stopped run.")
+    ],
     offline: Offline = False,
     json: Json = False,
 ) -> None:
     """Continue a stopped run from its newest complete checkpoint."""
-    from unlearn.recipes.files import load
+    from unlearn.recipes.results import stored_results
     from unlearn.runs import RunFolder
 
     opened = RunFolder.open(folder)
-    recipe = load(str(opened.recipe), [], {"out": str(folder)})
+    if opened.results.is_file():
+        _show(stored_results(opened), json=json)
+        return
     go_offline(offline)
-    from unlearn.recipes.run import resume as resume_run
+    with listening() as emit, naming(folder):
+        emit({"event": "stage", "stage": "start"})
+        from unlearn.recipes.files import load
 
-    with _listening() as emit:
+        recipe = load(str(opened.recipe), [], {"out": str(folder)})
+        from unlearn.recipes.run import resume as resume_run
+
         results = resume_run(recipe, opened, emit=emit, offline=offline)
     _show(results, json=json)
 
 
-@app.command()
-def quickstart(
-    out: Out = None,
-    set_: Set = None,
-    json: Json = False,
-) -> None:
+@app.command(
+    rich_help_panel=RUNS, epilog="Example: [bold]unlearn quickstart --out runs/first[/bold]"
+)
+def quickstart(out: Out = None, set_: Set = None, json: Json = False) -> None:
     """Try everything offline: a small model forgets a few made-up people (about a minute)."""
     go_offline(True)
-    from unlearn.recipes.quickstart import quickstart_recipe
+    with listening() as emit:
+        emit({"event": "stage", "stage": "start"})
+        from unlearn.recipes.quickstart import quickstart_recipe
 
-    _run(quickstart_recipe(out, set_ or []), offline=True, json=json)
+        results = _run(quickstart_recipe(out, set_ or []), emit, offline=True)
+    _show(results, json=json)
 
 
-@app.command()
+@app.command(
+    rich_help_panel=BEFORE,
+    epilog="Example: [bold]unlearn plan npo --model models/target --forget people#forget "
+    "--retain people#retain --lora --measure[/bold]",
+)
 def plan(
     method: Method,
     model: Model = None,
@@ -110,23 +176,33 @@ def plan(
     lora: Lora = False,
     set_: Set = None,
     measure: Annotated[
-        bool, typer.Option("--measure", help="Load the model, time a step.")
+        bool,
+        typer.Option(
+            "--measure",
+            metavar="",
+            help="Load the model and time a few steps; nothing is kept.",
+            rich_help_panel=HOW,
+        ),
     ] = False,
     offline: Offline = False,
     json: Json = False,
 ) -> None:
     """Say what a run would cost: steps, tokens, memory by part, files. Loads no weights."""
     changes = _changes(model=model, forget=forget, retain=retain, out=out or Path("runs/plan"))
-    resolved = _resolve(method, recipe, changes, set_ or [], lora)
     go_offline(offline)
-    from unlearn.cli.render import print_plan
-    from unlearn.recipes.plan import measure_step, plan_run
-    from unlearn.recipes.prepare import prepare
+    with listening() as emit:
+        emit({"event": "stage", "stage": "start"})
+        resolved = _resolve(method, recipe, changes, set_ or [], lora)
+        from unlearn.recipes.plan import measure_step, plan_run
+        from unlearn.recipes.prepare import prepare
 
-    prepared = prepare(resolved, offline=offline)
-    planned = plan_run(prepared)
-    if measure:
-        planned = planned | {"measured": measure_step(prepared)}
+        prepared = prepare(resolved, offline=offline)
+        planned = plan_run(prepared)
+        if measure:
+            emit({"event": "stage", "stage": "measure"})
+            planned = planned | {"measured": measure_step(prepared)}
+    from unlearn.cli.render import print_plan
+
     say(planned, json=json, people=print_plan)
 
 
@@ -153,9 +229,11 @@ def _resolve(
 ) -> Any:
     from unlearn.errors import UserError, unknown
     from unlearn.recipes.files import load, recipe_names
+    from unlearn.recipes.inputs import check_early
 
     if preset and method not in recipe_names():
         raise unknown("method", method, (name for name in recipe_names() if "/" not in name))
+    check_early(preset or method, overrides, changes)
     resolved = load(preset or method, overrides, changes, lora=lora)
     if preset and resolved.method != method:
         message = f"recipe '{preset}' is for method '{resolved.method}', not '{method}'"
@@ -163,21 +241,12 @@ def _resolve(
     return resolved
 
 
-def _listening() -> Any:
-    from unlearn.cli.progress import listening
-
-    return listening()
-
-
-def _run(recipe: Any, *, offline: bool, json: bool) -> None:
-    recipe.require_runnable()
+def _run(recipe: Any, emit: Emit, *, offline: bool) -> dict[str, Any]:
     go_offline(offline)
-    with _listening() as emit:
-        emit({"event": "stage", "stage": "start"})
+    with naming(Path(recipe.out)):
         from unlearn.recipes.run import run as run_recipe
 
-        results = run_recipe(recipe, emit=emit, offline=offline)
-    _show(results, json=json)
+        return run_recipe(recipe, emit=emit, offline=offline)
 
 
 def _show(results: dict[str, Any], *, json: bool) -> None:

@@ -2,11 +2,15 @@
 
 import hashlib
 import json
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import Any
+
+from transformers import AutoConfig
 
 from unlearn import models
 from unlearn.data import Example, Template, encode, load_rows, pad_token_id
+from unlearn.errors import UserError
 from unlearn.objectives import OBJECTIVES
 from unlearn.recipes.schema import Recipe
 from unlearn.training import Term
@@ -65,11 +69,11 @@ class Prepared:
         training = self.recipe.training
         if training.max_steps > 0:
             return training.max_steps
-        return -(-self.steps_per_epoch * training.num_train_epochs // 1).__int__()
+        return math.ceil(self.steps_per_epoch * training.num_train_epochs)
 
 
 def prepare(recipe: Recipe, *, offline: bool = False) -> Prepared:
-    """Check the model folder, read the rows, tokenise and mask them; nothing is written.
+    """Check the model folders, read the rows, tokenise and mask them; nothing is written.
 
     Raises:
         UserError: anything about the input that would fail later.
@@ -78,7 +82,7 @@ def prepare(recipe: Recipe, *, offline: bool = False) -> Prepared:
     source = model_source(recipe, offline=offline)
     models.check_source(source)
     if recipe.model.retain_model:
-        models.check_source(models.ModelSource(recipe.model.retain_model))
+        models.check_source(sibling(source, recipe.model.retain_model))
     tokenizer = models.load_tokenizer(source)
     data = recipe.data
     template = Template.for_tokenizer(
@@ -90,7 +94,44 @@ def prepare(recipe: Recipe, *, offline: bool = False) -> Prepared:
             rows = load_rows(spec, columns=data.columns, offline=offline)
             examples = encode(rows, tokenizer, template, max_length=data.max_length, source=spec)
             streams[name] = Stream(spec, rows, examples)
-    return Prepared(recipe, source, tokenizer, template, streams)
+    prepared = Prepared(recipe, source, tokenizer, template, streams)
+    _check_vocabularies(prepared)
+    return prepared
+
+
+def sibling(source: models.ModelSource, path: str) -> models.ModelSource:
+    """Give another model, loaded in the same way: only then are the numbers comparable."""
+    return replace(source, path=path, revision=None)
+
+
+def _check_vocabularies(prepared: Prepared) -> None:
+    """Refuse models that do not know the tokens of the rows, or know them as something else."""
+    streams = prepared.streams.values()
+    used = {token for stream in streams for row in stream.examples for token in row.input_ids}
+    _check_size(prepared.source, used | {prepared.pad_id})
+    if prepared.recipe.model.retain_model:
+        retain = sibling(prepared.source, prepared.recipe.model.retain_model)
+        _check_size(retain, used)
+        theirs = models.load_tokenizer(retain).convert_ids_to_tokens(sorted(used))
+        if theirs != prepared.tokenizer.convert_ids_to_tokens(sorted(used)):
+            raise UserError(
+                f"the tokenizer of the retain model '{retain.path}' is not that of the model",
+                "give a retain model trained from the same base, or leave model.retain_model out",
+            )
+
+
+def _check_size(source: models.ModelSource, tokens: set[int]) -> None:
+    try:
+        config = AutoConfig.from_pretrained(source.path, **source.arguments())
+    except (OSError, ValueError, KeyError) as error:
+        cause = str(error).strip().split("\n")[0]
+        raise UserError(f"cannot read the configuration of '{source.path}': {cause}") from error
+    size = config.get_text_config().vocab_size
+    if max(tokens) >= size:
+        raise UserError(
+            f"the tokenizer writes token {max(tokens)}, but '{source.path}' knows {size} tokens",
+            "give the tokenizer and the model of one folder that was saved together",
+        )
 
 
 def model_source(recipe: Recipe, *, offline: bool = False) -> models.ModelSource:

@@ -6,7 +6,9 @@ benchmark after -> report. Every stage leaves a file, so that a resumed run skip
 
 import gc
 import json
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,9 +20,11 @@ from unlearn import models, monitors
 from unlearn.errors import UserError
 from unlearn.evals.benchmark import ForgetRetain, Split
 from unlearn.evals.report import write_report
-from unlearn.evals.side_by_side import side_by_side
 from unlearn.recipes.files import dump
-from unlearn.recipes.prepare import Prepared, prepare
+from unlearn.recipes.inputs import absolute
+from unlearn.recipes.plan import plan_run, require_disk
+from unlearn.recipes.prepare import Prepared, prepare, sibling
+from unlearn.recipes.results import put_together, stored_results
 from unlearn.recipes.schema import Recipe
 from unlearn.recipes.train import train
 from unlearn.runs import RunFolder, command_line, staged, versions, write_atomic, write_json
@@ -34,22 +38,23 @@ def run(
     """Run a recipe in a new folder and give its results, the content of ``results.json``.
 
     Raises:
-        UserError: a mistake in the input, before any long work.
+        UserError: a mistake in the input, before any long work. No folder is left behind.
         RunFailed: the work failed. The folder can be resumed.
         Interrupted: stopped by SIGINT or SIGTERM. The folder can be resumed.
     """
     prepared = prepare(recipe, offline=offline)
+    require_disk(plan_run(prepared))
     folder = RunFolder.create(Path(str(recipe.out)))
-    write_atomic(folder.recipe, dump(recipe))
-    manifest = {
-        "command": command_line(),
-        "model": recipe.model.path,
-        "started": _now(),
-        "seed": recipe.seed,
-        "versions": versions(),
-        "template": prepared.template.fingerprint(),
-        **{name: stream.provenance() for name, stream in prepared.streams.items()},
-    }
+    with folder.locked():
+        if folder.recipe.exists():  # another process was quicker
+            RunFolder.create(folder.path)
+        with _removed_unless_begun(folder):
+            return _start(prepared, folder, emit)
+
+
+def _start(prepared: Prepared, folder: RunFolder, emit: Emit) -> dict[str, Any]:
+    manifest = _manifest(prepared)
+    write_atomic(folder.recipe, dump(absolute(prepared.recipe)))
     write_json(folder.manifest, manifest)
     return _Run(prepared, folder, manifest, emit).execute()
 
@@ -64,17 +69,45 @@ def resume(
     """Continue a stopped run from its newest complete checkpoint; a complete run is left alone.
 
     Raises:
-        UserError: the data are not what the run was started with.
+        UserError: model or data are not what the run was started with.
     """
     if folder.results.is_file():
-        return dict(json.loads(folder.results.read_text()))
+        return stored_results(folder)
     prepared = prepare(recipe, offline=offline)
-    manifest = json.loads(folder.manifest.read_text())
-    for name, stream in prepared.streams.items():
-        if manifest[name]["sha256"] != stream.sha256():
-            message = f"the {name} set '{stream.source}' has changed since the run was started"
-            raise UserError(message, "restore the file, or start a new run")
-    return _Run(prepared, folder, manifest, emit).execute()
+    with folder.locked():
+        if not folder.manifest.is_file():  # stopped between its first two files
+            write_json(folder.manifest, _manifest(prepared))
+        manifest = json.loads(folder.manifest.read_text())
+        for name, stream in prepared.streams.items():
+            if manifest[name]["sha256"] != stream.sha256():
+                message = f"the {name} set '{stream.source}' has changed since the run was started"
+                raise UserError(message, "restore the file, or start a new run")
+        return _Run(prepared, folder, manifest, emit).execute()
+
+
+@contextmanager
+def _removed_unless_begun(folder: RunFolder) -> Iterator[None]:
+    """Take a new run folder away again when it holds nothing that could be continued."""
+    try:
+        yield
+    except BaseException as error:
+        mistake = isinstance(error, UserError)
+        if not (folder.evaluation("before") if mistake else folder.manifest).is_file():
+            shutil.rmtree(folder.path, ignore_errors=True)
+        raise
+
+
+def _manifest(prepared: Prepared) -> dict[str, Any]:
+    recipe = prepared.recipe
+    return {
+        "command": command_line(),
+        "model": recipe.model.path,
+        "started": _now(),
+        "seed": recipe.seed,
+        "versions": versions(),
+        "template": prepared.template.fingerprint(),
+        **{name: stream.provenance() for name, stream in prepared.streams.items()},
+    }
 
 
 def _now() -> str:
@@ -97,7 +130,7 @@ class _Run:
 
     def execute(self) -> dict[str, Any]:
         recipe, stop = self.prepared.recipe, monitors.StopRequest()
-        with self.folder.locked(), stop.listening():
+        with stop.listening():
             set_seed(recipe.seed)
             if not self.folder.model.is_dir():
                 self._unlearn(stop)
@@ -112,7 +145,10 @@ class _Run:
     def _unlearn(self, stop: monitors.StopRequest) -> None:
         self.emit({"event": "stage", "stage": "load"})
         model = models.load_model(self.prepared.source)
-        self.manifest["model_sha256"] = models.weights_hash(model)
+        weights = models.weights_hash(model)
+        if self.manifest.setdefault("model_sha256", weights) != weights:
+            message = f"the model '{self.prepared.source.path}' has changed since the run began"
+            raise UserError(message, "restore it, or start a new run")
         self.manifest["device"] = str(model.device)
         write_json(self.folder.manifest, self.manifest)
         self.benchmark("before", model)
@@ -138,7 +174,8 @@ class _Run:
         if self.folder.evaluation(name).is_file():
             return self._stored(name)
         self.emit({"event": "stage", "stage": "benchmark", "name": name})
-        model = models.load_model(model) if isinstance(model, str) else model
+        if isinstance(model, str):
+            model = models.load_model(sibling(self.prepared.source, model))
 
         def progress(what: str, done: int, total: int) -> None:
             self.listener({"event": "progress", "what": what, "done": done, "total": total})
@@ -166,34 +203,8 @@ class _Run:
         return dict(json.loads(self.folder.evaluation(name).read_text()))
 
     def _finish(self, found: dict[str, dict[str, Any]]) -> dict[str, Any]:
-        folder, recipe = self.folder, self.prepared.recipe
         manifest = self.manifest | {"finished": _now()}
-        results = {
-            "run": str(folder.path),
-            "status": "complete",
-            "method": recipe.method,
-            "model": str(folder.model),
-            "recipe": str(folder.recipe),
-            "report": str(folder.path / "report.html"),
-            "metrics": {
-                name: {key: metric["value"] for key, metric in result["metrics"].items()}
-                for name, result in found.items()
-            },
-            "details": {name: result["metrics"] for name, result in found.items()},
-            "examples": side_by_side(found),
-            "training": manifest.pop("training") | {"curve": self._curve()},
-            "provenance": manifest,
-        }
-        write_report(folder.path, results)
-        write_json(folder.manifest, self.manifest)
-        write_json(folder.results, results)
+        results = put_together(self.folder, self.prepared.recipe.method, manifest, found)
+        write_report(self.folder.path, results)
+        write_json(self.folder.results, results)
         return results
-
-    def _curve(self) -> list[dict[str, Any]]:
-        """Give one entry per step; after a kill, steps that were done again count once."""
-        steps = {event["step"]: event for event in self.folder.events("step")}
-        dropped = ("event", "time", "of", "memory_bytes")
-        return [
-            {key: value for key, value in steps[step].items() if key not in dropped}
-            for step in sorted(steps)
-        ]

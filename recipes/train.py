@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -138,8 +139,17 @@ def training_arguments(prepared: Prepared, folder: Path) -> TrainingArguments:
     """Hand the recipe's training section to transformers; the pipeline owns the rest."""
     section = prepared.recipe.training
     passed = section.model_dump(
-        exclude={"warmup_epochs", "warmup_steps", "save_steps", "save_total_limit", "reference"}
+        exclude={
+            "warmup_epochs",
+            "warmup_steps",
+            "save_steps",
+            "save_total_limit",
+            "reference",
+            "gradient_checkpointing",
+        }
     )
+    if section.gradient_checkpointing:
+        passed |= _checkpointing()
     warmup = section.warmup_steps
     if warmup is None:
         warmup = round(section.warmup_epochs * prepared.steps_per_epoch)
@@ -151,10 +161,18 @@ def training_arguments(prepared: Prepared, folder: Path) -> TrainingArguments:
         seed=prepared.recipe.seed,
         data_seed=prepared.recipe.seed,
         remove_unused_columns=False,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
         logging_strategy="no",
         report_to=[],
         dataloader_pin_memory=torch.cuda.is_available(),
+        use_cpu=models.best_device() == "cpu",
         disable_tqdm=True,
         **passed,
     )
+
+
+def _checkpointing() -> dict[str, Any]:
+    """Ask for activation checkpointing under the name this transformers knows."""
+    names = {field.name for field in fields(TrainingArguments)}
+    name = "activation_checkpointing"
+    name = name if name in names else "gradient_checkpointing"
+    return {name: True, f"{name}_kwargs": {"use_reentrant": False}}

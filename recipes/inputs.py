@@ -1,0 +1,106 @@
+"""What a recipe names on disk: found early, and named so that it is found again from anywhere.
+
+Nothing here imports torch: a wrong path is reported before the slow imports.
+"""
+
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from unlearn.data.files import READERS
+from unlearn.data.sources import Source, load_rows
+from unlearn.errors import UserError
+from unlearn.recipes.files import find, overlay, read
+from unlearn.recipes.overrides import overridden
+from unlearn.recipes.schema import Recipe
+from unlearn.runs import RunFolder
+
+LARGEST_EARLY = 2**26
+"""Files above this many bytes are not read twice."""
+
+
+def check_early(name: str, overrides: Iterable[str], changes: Mapping[str, Any]) -> None:
+    """Refuse what is missing or wrong on disk, if the recipe's keys are right at first sight.
+
+    A recipe that is not right is left to ``unlearn.recipes.files.load``, which names every mistake.
+
+    Raises:
+        UserError: a required key is missing, a file or folder is not there or not usable.
+    """
+    tree, mistakes = overridden(overlay(read(find(name)), changes), overrides)
+    if mistakes:
+        return
+    try:
+        recipe = Recipe.model_validate(tree)
+    except ValidationError:
+        return
+    recipe.require_runnable()
+    check_inputs(recipe)
+
+
+def check_inputs(recipe: Recipe) -> None:
+    """Refuse an output folder in use, model folders that are not there and unusable data files."""
+    if recipe.out:
+        check_new(Path(recipe.out))
+    for path in (recipe.model.path, recipe.model.retain_model):
+        if path and is_path(path) and not Path(path).exists():
+            raise UserError(f"no model folder '{path}'", "give a folder or a hub name owner/name")
+    for spec in (recipe.data.forget, recipe.data.retain):
+        if spec:
+            _check_source(spec, recipe.data.columns)
+
+
+def check_new(out: Path) -> None:
+    """Refuse an output folder that has something in it or cannot be written; makes nothing."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        RunFolder.create(out)
+    place = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        why = "it cannot be written" if place.is_dir() else "it is a file"
+        raise UserError(f"cannot make '{out}' in '{place}': {why}", "choose another --out")
+
+
+def is_path(model: str) -> bool:
+    """Tell a folder from a hub name: the hub's are ``owner/name``."""
+    return model.startswith((".", "/", "~")) or model.count("/") != 1
+
+
+def _check_source(spec: str, columns: Mapping[str, str]) -> None:
+    file = Source.parse(spec).local
+    if file.is_file() and file.stat().st_size > LARGEST_EARLY:
+        return
+    if file.is_file() or (file.suffix.lower() in READERS and not file.exists()):
+        load_rows(spec, columns=columns)
+
+
+def absolute(recipe: Recipe) -> Recipe:
+    """Give the recipe with every path that exists here, and ``out``, made absolute."""
+    model, data = recipe.model, recipe.data
+    paths = {name: getattr(model, name) for name in ("path", "retain_model")}
+    specs = {name: getattr(data, name) for name in ("forget", "retain")}
+    return recipe.model_copy(
+        update={
+            "model": model.model_copy(update={k: _absolute(v) for k, v in paths.items()}),
+            "data": data.model_copy(update={k: _absolute_spec(v) for k, v in specs.items()}),
+            "out": recipe.out and str(Path(recipe.out).absolute()),
+        }
+    )
+
+
+def _absolute(path: str | None) -> str | None:
+    if path is None or not Path(path).exists():
+        return path
+    return str(Path(path).absolute())
+
+
+def _absolute_spec(spec: str | None) -> str | None:
+    source = spec and Source.parse(spec)
+    if not spec or not source or not source.local.exists():
+        return spec
+    found = str(source.local.absolute())
+    full = found + spec.removeprefix(source.path)
+    # a folder further up may have a # or : in its name, which would be read as part of the source
+    return full if Source.parse(full).path == found else spec

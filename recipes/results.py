@@ -1,0 +1,55 @@
+"""What a run found, as one JSON object: the content of ``results.json``. Imports no torch."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from unlearn.evals.side_by_side import side_by_side
+from unlearn.runs import RunFolder
+
+UNPLOTTED = ("event", "time", "of", "memory_bytes")
+"""What a step event holds beyond the numbers of the curve."""
+
+
+def put_together(
+    folder: RunFolder, method: str, manifest: Mapping[str, Any], found: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Join the stored results of each model, the course of training and the provenance."""
+    provenance = dict(manifest)
+    training = provenance.pop("training")
+    return {
+        **_places(folder),
+        "status": "complete",
+        "method": method,
+        "metrics": {
+            name: {key: metric["value"] for key, metric in result["metrics"].items()}
+            for name, result in found.items()
+        },
+        "details": {name: result["metrics"] for name, result in found.items()},
+        "examples": side_by_side(found),
+        "training": training | {"curve": curve(folder)},
+        "provenance": provenance,
+    }
+
+
+def stored_results(folder: RunFolder) -> dict[str, Any]:
+    """Read the results of a complete run; its paths lead there from where we are now."""
+    return dict(json.loads(folder.results.read_text(encoding="utf-8"))) | _places(folder)
+
+
+def curve(folder: RunFolder) -> list[dict[str, Any]]:
+    """Give one entry per step; after a kill, steps that were done again count once."""
+    steps = {event["step"]: event for event in folder.events("step")}
+    return [
+        {key: value for key, value in steps[step].items() if key not in UNPLOTTED}
+        for step in sorted(steps)
+    ]
+
+
+def _places(folder: RunFolder) -> dict[str, str]:
+    return {
+        "run": str(folder.path),
+        "model": str(folder.model),
+        "recipe": str(folder.recipe),
+        "report": str(folder.path / "report.html"),
+    }

@@ -1,0 +1,99 @@
+"""What the pipeline hands to the trainer: warm-up, reference mode, adapters, mixed precision."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from unlearn.data.people import demo_folder, write_people
+from unlearn.models import load_model, weights_hash
+from unlearn.recipes.files import load
+from unlearn.recipes.prepare import Prepared, prepare
+from unlearn.recipes.train import make_trainer, needs_live, training_arguments
+
+
+@pytest.fixture
+def prepared(tmp_path: Path) -> Any:
+    """Give a function from overrides to a prepared recipe: 40 forget rows, batches of 8."""
+    people = write_people(tmp_path / "people")
+
+    def build(*overrides: str, method: str = "npo", lora: bool = False) -> Prepared:
+        changes = {
+            "model": {"path": str(demo_folder() / "target")},
+            "data": {"forget": f"{people}#forget", "retain": f"{people}#retain"},
+            "out": str(tmp_path / "run"),
+        }
+        return prepare(load(method, overrides, changes, lora=lora))
+
+    return build
+
+
+def test_warm_up_in_epochs_or_steps(prepared: Any, tmp_path: Path) -> None:
+    """40 rows / 8 per batch / 2 accumulated = 3 steps per epoch (the last one is half full)."""
+    accumulate = "training.gradient_accumulation_steps=2"
+    made = prepared(accumulate, "training.warmup_epochs=2", "training.num_train_epochs=4")
+    assert (made.steps_per_epoch, made.steps) == (3, 12)
+    assert training_arguments(made, tmp_path).warmup_steps == 6
+    made = prepared(accumulate, "training.warmup_epochs=2", "training.warmup_steps=1")
+    assert training_arguments(made, tmp_path).warmup_steps == 1
+
+
+def test_other_training_arguments_pass_through(prepared: Any, tmp_path: Path) -> None:
+    arguments = training_arguments(prepared("training.adam_beta2=0.98"), tmp_path)
+    assert arguments.adam_beta2 == 0.98
+    assert arguments.learning_rate == 1e-5
+    assert not arguments.remove_unused_columns
+
+
+@pytest.mark.parametrize(
+    ("method", "overrides", "stored", "live"),
+    [
+        ("npo", [], {"forget"}, False),
+        ("npo", ["terms.retain.objective=kl"], {"forget"}, True),
+        ("npo", ["training.reference=live"], set(), True),
+        ("kl_min", [], set(), True),
+        ("grad_diff", [], set(), False),
+    ],
+)
+def test_reference_is_stored_or_live_as_the_terms_need(
+    method: str, overrides: list[str], stored: set[str], live: bool, prepared: Any, tmp_path: Path
+) -> None:
+    made = prepared(*overrides, method=method)
+    model = load_model(made.source)
+    trainer = make_trainer(made, model, tmp_path, weights_hash="test", emit=lambda event: None)
+    assert set(trainer.data_collator.reference) == stored
+    assert (trainer.live is not None) is live is needs_live(made)
+
+
+def test_adapters_leave_the_base_alone(prepared: Any, tmp_path: Path) -> None:
+    made = prepared("training.max_steps=2", "training.warmup_steps=0", lora=True)
+    model = load_model(made.source)
+    before = weights_hash(model)
+    trainer = make_trainer(made, model, tmp_path, weights_hash=before, emit=lambda event: None)
+    trainer.train()
+    trained = {name for name, p in trainer.model.named_parameters() if p.requires_grad}
+    assert trained
+    assert all("lora_" in name for name in trained)
+    assert weights_hash(trainer.model.unload()) == before
+
+
+def test_mixed_precision_keeps_float32_weights(prepared: Any, tmp_path: Path) -> None:
+    """Autocast covers the chunked head too: the loss is near that of float32, not equal to it."""
+    losses = []
+    for overrides in ([], ["training.bf16=true"]):
+        made = prepared("training.max_steps=3", "training.warmup_steps=0", *overrides)
+        model, events = load_model(made.source), []
+        make_trainer(made, model, tmp_path, weights_hash="same", emit=events.append).train()
+        assert {p.dtype for p in model.parameters()} == {torch.float32}
+        losses.append([event["retain/nll"] for event in events if event["event"] == "step"])
+    assert losses[0] == pytest.approx(losses[1], rel=0.2)
+    assert losses[0] != losses[1]
+
+
+def test_stream_hash_follows_the_tokens(prepared: Any) -> None:
+    stream = prepared().streams["forget"]
+    changed = dataclasses.replace(stream, examples=stream.examples[:-1])
+    assert stream.sha256() == prepared().streams["forget"].sha256()
+    assert stream.sha256() != changed.sha256()
