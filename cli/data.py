@@ -58,7 +58,7 @@ def preview(
     json: Json = False,
 ) -> None:
     """Show which tokens of SOURCE would be trained; refuse it where the labels make no sense."""
-    columns = _columns(map_ or [])
+    columns = columns_of(map_ or [])
     go_offline(offline)
     from unlearn.data import Template, encode, load_rows, row_kind
     from unlearn.data import preview as describe
@@ -79,7 +79,8 @@ def preview(
     say(result, json=json, people=_print)
 
 
-def _columns(pairs: list[str]) -> dict[str, str]:
+def columns_of(pairs: list[str]) -> dict[str, str]:
+    """Read ``--map NAME=COLUMN`` texts."""
     from unlearn.errors import UserError
 
     columns = {}

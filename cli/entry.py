@@ -246,6 +246,7 @@ def _quiet_libraries(*, debug: bool) -> Iterator[None]:
         warnings.simplefilter("ignore")
         warnings.filterwarnings("once", module=r"unlearn\b")
         warnings.showwarning = _show_warning
+        _write_anything()
         yield
 
 
@@ -253,5 +254,12 @@ def _serious(record: logging.LogRecord) -> bool:
     return record.levelno >= logging.ERROR
 
 
-def _show_warning(message: Warning | str, *details: Any) -> None:
+def _show_warning(message: Warning | str, *place: Any, **more: Any) -> None:
     print(f"warning: {message}", file=sys.stderr)
+
+
+def _write_anything() -> None:
+    """Let a terminal that does not know a character show a question mark instead of failing."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError, ValueError):
+            stream.reconfigure(errors="replace")  # type: ignore[union-attr]

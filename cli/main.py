@@ -65,6 +65,15 @@ Lora = Annotated[
     bool,
     typer.Option("--lora", metavar="", help="Train low-rank adapters only.", rich_help_panel=HOW),
 ]
+Map = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--map",
+        metavar="NAME=COLUMN",
+        help="Read NAME from COLUMN of the files: question=q. May be given again.",
+        rich_help_panel=GIVEN,
+    ),
+]
 Set = Annotated[
     list[str] | None,
     typer.Option(
@@ -104,6 +113,7 @@ def run(
     forget: Forget = None,
     retain: Retain = None,
     out: Out = None,
+    map_: Map = None,
     recipe: Preset = None,
     lora: Lora = False,
     set_: Set = None,
@@ -111,7 +121,7 @@ def run(
     json: Json = False,
 ) -> None:
     """Unlearn: train a model to lose the forget set and keep the retain set."""
-    changes = _changes(model=model, forget=forget, retain=retain, out=out)
+    changes = _changes(map_, model=model, forget=forget, retain=retain, out=out)
     with listening() as emit:
         emit({"event": "stage", "stage": "start"})
         resolved = _resolve(method, recipe, changes, set_ or [], lora)
@@ -155,9 +165,12 @@ def quickstart(out: Out = None, set_: Set = None, json: Json = False) -> None:
     go_offline(True)
     with listening() as emit:
         emit({"event": "stage", "stage": "start"})
+        from unlearn.recipes.inputs import check_inputs
         from unlearn.recipes.quickstart import quickstart_recipe
 
-        results = _run(quickstart_recipe(out, set_ or []), emit, offline=True)
+        recipe = quickstart_recipe(out, set_ or [])
+        check_inputs(recipe)
+        results = _run(recipe, emit, offline=True)
     _show(results, json=json)
 
 
@@ -172,6 +185,7 @@ def plan(
     forget: Forget = None,
     retain: Retain = None,
     out: Out = None,
+    map_: Map = None,
     recipe: Preset = None,
     lora: Lora = False,
     set_: Set = None,
@@ -188,7 +202,9 @@ def plan(
     json: Json = False,
 ) -> None:
     """Say what a run would cost: steps, tokens, memory by part, files. Loads no weights."""
-    changes = _changes(model=model, forget=forget, retain=retain, out=out or Path("runs/plan"))
+    changes = _changes(
+        map_, model=model, forget=forget, retain=retain, out=out or Path("runs/plan")
+    )
     go_offline(offline)
     with listening() as emit:
         emit({"event": "stage", "stage": "start"})
@@ -206,13 +222,13 @@ def plan(
     say(planned, json=json, people=print_plan)
 
 
-def _changes(**given: Any) -> dict[str, Any]:
+def _changes(map_: list[str] | None, **given: Any) -> dict[str, Any]:
     places = {
         "model": ("model", "path"),
         "forget": ("data", "forget"),
         "retain": ("data", "retain"),
     }
-    changes: dict[str, Any] = {}
+    changes: dict[str, Any] = {"data": {"columns": data.columns_of(map_)}} if map_ else {}
     for name, value in given.items():
         if value is None:
             continue
@@ -228,17 +244,16 @@ def _resolve(
     method: str, preset: str | None, changes: dict[str, Any], overrides: list[str], lora: bool
 ) -> Any:
     from unlearn.errors import UserError, unknown
-    from unlearn.recipes.files import load, recipe_names
+    from unlearn.recipes.files import find, load, read, recipe_names
     from unlearn.recipes.inputs import check_early
 
     if preset and method not in recipe_names():
         raise unknown("method", method, (name for name in recipe_names() if "/" not in name))
+    if preset and (meant := read(find(preset)).get("method")) != method:
+        message = f"recipe '{preset}' is for method '{meant}', not '{method}'"
+        raise UserError(message, f"unlearn run {meant} --recipe {preset} …")
     check_early(preset or method, overrides, changes)
-    resolved = load(preset or method, overrides, changes, lora=lora)
-    if preset and resolved.method != method:
-        message = f"recipe '{preset}' is for method '{resolved.method}', not '{method}'"
-        raise UserError(message, f"unlearn run {resolved.method} --recipe {preset} …")
-    return resolved
+    return load(preset or method, overrides, changes, lora=lora)
 
 
 def _run(recipe: Any, emit: Emit, *, offline: bool) -> dict[str, Any]:

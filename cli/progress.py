@@ -2,8 +2,7 @@
 
 import sys
 import time
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
@@ -14,10 +13,20 @@ STAGES = {
     "start": "reading the recipe and the data",
     "load": "loading the model",
     "benchmark": "measuring",
-    "reference": "scoring under the starting model",
+    "reference": "scoring under the starting model:",
+    "measure": "timing a few steps",
     "train": "unlearning",
     "save": "saving the model",
 }
+
+
+MEASURES = {
+    "Q_A_Prob": "probability",
+    "Q_A_ROUGE": "ROUGE-L recall",
+    "extraction_strength": "extraction strength",
+}
+"""Words for the metrics, whose names start with the split: ``forget_Q_A_Prob``."""
+COLOURS = {"forget": "red", "retain": "cyan"}
 
 
 @contextmanager
@@ -30,6 +39,7 @@ def listening() -> Iterator[Emit]:
         panel = LivePanel()
         with panel.live:
             yield panel.show
+            panel.finish()
 
 
 def describe(event: dict[str, Any]) -> str:
@@ -38,7 +48,20 @@ def describe(event: dict[str, Any]) -> str:
     detail = event.get("name") or event.get("stream") or ""
     if event.get("resumed_from"):
         detail = f"from {event['resumed_from']}"
-    return f"{text} {detail}".strip()
+    return f"{text} {detail}".strip().replace("_", " ")
+
+
+def in_words(metric: str) -> str:
+    """Name a metric in words, without its split."""
+    return MEASURES.get(metric.partition("_")[2], metric)
+
+
+def by_split(metrics: dict[str, float | None]) -> dict[str, str]:
+    """Write the metrics of each split in one line."""
+    lines: dict[str, list[str]] = {}
+    for name, value in metrics.items():
+        lines.setdefault(name.partition("_")[0], []).append(f"{in_words(name)} {number(value)}")
+    return {split: ", ".join(parts) for split, parts in lines.items()}
 
 
 def readings(event: dict[str, Any]) -> dict[str, float]:
@@ -73,14 +96,14 @@ def remaining(event: dict[str, Any], first: dict[str, Any]) -> float:
     return event["seconds"] / seen * (event["of"] - event["step"])
 
 
-def sparkline(values: Any, width: int = 32) -> str:
-    """Draw a series of numbers in one line of block characters."""
-    values = list(values)
-    picks = [values[int(i * len(values) / width)] for i in range(width)]
-    picks = picks if len(values) > width else values
-    low, high = min(picks), max(picks)
-    scale = (len(BLOCKS) - 1) / (high - low or 1)
-    return "".join(BLOCKS[round((value - low) * scale)] for value in picks)
+def sparkline(values: Sequence[float], width: int = 32, top: float | None = None) -> str:
+    """Draw losses in one line of blocks, from 0 to ``top`` (default: the largest)."""
+    picks = values
+    if len(values) > width:
+        picks = [values[int(i * len(values) / width)] for i in range(width)]
+    scale = (len(BLOCKS) - 1) / (top or max(values) or 1.0)
+    places = (min(len(BLOCKS) - 1, max(0, round(value * scale))) for value in picks)
+    return "".join(BLOCKS[place] for place in places)
 
 
 class PlainLines:
@@ -102,7 +125,7 @@ class PlainLines:
             self.first = None
             return f"[{time.strftime('%H:%M:%S')}] {describe(event)}"
         if kind == "metrics":
-            return "  " + ", ".join(f"{key} {number(v)}" for key, v in event["metrics"].items())
+            return "\n".join(f"  {s}: {line}" for s, line in by_split(event["metrics"]).items())
         if kind == "unmoved":
             return f"  warning: no update reached {', '.join(event['tensors'][:5])}"
         if kind == "warning":
@@ -130,39 +153,51 @@ class LivePanel:
     def __init__(self) -> None:
         from rich.console import Console
         from rich.live import Live
+        from rich.spinner import Spinner
 
-        self.console = Console(stderr=True)
-        self.live = Live(console=self.console, refresh_per_second=8, get_renderable=self.render)
+        self.spinner = Spinner("dots")  # one for all frames: a new one would never turn
         self.stage = ""
         self.detail = ""
         self.done, self.total = 0, 0
         self.first: dict[str, Any] | None = None
-        self.series: dict[str, deque[float]] = {}
+        self.series: dict[str, list[float]] = {}
         self.started = time.monotonic()
+        self.console = Console(stderr=True)
+        self.live = Live(
+            console=self.console,
+            refresh_per_second=8,
+            get_renderable=self.render,
+            transient=True,
+        )
 
     def show(self, event: dict[str, Any]) -> None:
         kind = event["event"]
         if kind == "stage":
-            self._finish_stage()
+            self.finish()
             self.stage, self.started = describe(event), time.monotonic()
         elif kind == "progress":
             self.detail, self.done, self.total = event["what"], event["done"], event["total"]
         elif kind == "step":
             self._step(event)
         elif kind == "metrics":
-            pairs = event["metrics"].items()
-            numbers = "  ".join(f"{key} [bold]{number(value)}[/bold]" for key, value in pairs)
-            self.console.print(f"    {numbers}", highlight=False)
+            for split, line in by_split(event["metrics"]).items():
+                self.finish()
+                self._note(f"[{COLOURS.get(split, 'default')}]{split}[/] {line}")
         elif kind == "unmoved":
-            names = ", ".join(event["tensors"][:5])
-            self.console.print(f"    [yellow]no update reached {names}[/yellow]")
+            self._note(f"[yellow]warning: no update reached {', '.join(event['tensors'][:5])}[/]")
         elif kind == "warning":
-            self.console.print(f"    [yellow]{event['message']}[/yellow]")
+            self._note(f"[yellow]warning: {event['message']}[/]")
 
-    def _finish_stage(self) -> None:
+    def _note(self, text: str) -> None:
+        from rich.padding import Padding
+
+        self.console.print(Padding(text, (0, 0, 0, 4)), highlight=False)
+
+    def finish(self) -> None:
+        """Tick off the stage under way."""
         if self.stage:
             seconds = clock(time.monotonic() - self.started)
-            self.console.print(f"  [green]✓[/green] {self.stage} [dim]{seconds}[/dim]")
+            self.console.print(f"  [green]✓[/] {self.stage} [dim]{seconds}[/]", highlight=False)
             if self.series:
                 self.console.print(self._curves())
         self.stage = self.detail = ""
@@ -174,33 +209,35 @@ class LivePanel:
         self.first = self.first or event
         self.done, self.total = event["step"], event["of"]
         left, memory = clock(remaining(event, self.first)), size(event["memory_bytes"])
-        self.detail = f"{left} left · peak memory {memory} · rate {event['learning_rate']:.1e}"
+        self.detail = f"{left} left · peak memory {memory}"
         for name, value in readings(event).items():
             if name.endswith("/nll"):
-                self.series.setdefault(name, deque(maxlen=4096)).append(value)
+                self.series.setdefault(name, []).append(value)
 
     def _curves(self) -> Any:
+        from rich.padding import Padding
         from rich.table import Table
 
         table = Table.grid(padding=(0, 2))
-        for name, values in self.series.items():
-            stream = name.split("/")[0]
-            colour = "red" if stream == "forget" else "cyan"
-            ends = f"{values[0]:.2f} → {values[-1]:.2f} nats per token"
-            table.add_row(f"    {stream} loss", f"[{colour}]{sparkline(values)}[/{colour}]", ends)
-        return table
+        top = max(max(values) for values in self.series.values())
+        for name in sorted(self.series):
+            values, stream = self.series[name], name.split("/")[0]
+            colour = COLOURS.get(stream, "default")
+            ends = f"{values[0]:.2f} → {values[-1]:.2f} [dim]nats per token[/]"
+            curve = sparkline(values, max(8, min(40, self.console.width - 48)), top)
+            table.add_row(f"[{colour}]{stream}[/]", f"[{colour}]{curve}[/]", ends)
+        return Padding(table, (0, 0, 0, 4))
 
     def render(self) -> Any:
         from rich.console import Group
         from rich.progress_bar import ProgressBar
-        from rich.spinner import Spinner
         from rich.table import Table
 
         if not self.stage:
             return ""
-        head = Table.grid(padding=(0, 2))
-        row: list[Any] = [Spinner("dots"), f"[bold]{self.stage}[/bold]"]
+        head = Table.grid(padding=(0, 1))
+        row: list[Any] = [" ", self.spinner, f"[bold]{self.stage}[/]"]
         if self.total:
-            row += [ProgressBar(self.total, self.done, width=28), f"{self.done}/{self.total}"]
-        head.add_row(*row, f"[dim]{self.detail}[/dim]")
+            row += [ProgressBar(self.total, self.done, width=20), f"{self.done}/{self.total}"]
+        head.add_row(*row, f"[dim]{self.detail}[/]")
         return Group(head, self._curves()) if self.series else head

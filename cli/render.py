@@ -2,16 +2,17 @@
 
 from typing import Any
 
-from unlearn.cli.progress import clock, size
+from rich.markup import escape
 
-NAMES = {
-    "forget_Q_A_Prob": "forget probability",
-    "forget_Q_A_ROUGE": "forget ROUGE-L recall",
-    "forget_extraction_strength": "forget extraction strength",
-    "retain_Q_A_Prob": "retain probability",
-    "retain_Q_A_ROUGE": "retain ROUGE-L recall",
-    "retain_extraction_strength": "retain extraction strength",
+from unlearn.cli.progress import COLOURS, clock, in_words, size
+
+PLAIN: dict[str, Any] = {
+    "box": None,
+    "title_justify": "left",
+    "title_style": "bold",
+    "pad_edge": False,
 }
+"""How tables look: no frame, so that they can be copied and fit narrow terminals."""
 
 
 def print_results(results: dict[str, Any]) -> None:
@@ -19,11 +20,14 @@ def print_results(results: dict[str, Any]) -> None:
     from rich.console import Console
 
     console = Console()
+    console.print()
     console.print(_metrics(results))
     if results["examples"]:
-        console.print(_answers(results))
-    console.print(f"model   {results['model']}", highlight=False, soft_wrap=True)
-    console.print(f"report  {results['report']}", highlight=False, soft_wrap=True)
+        console.print()
+        for row in _chosen(results["examples"]):
+            console.print(_answers(row, _columns(results)))
+    for name in ("model", "report"):
+        console.print(f"[bold]{name:<7}[/]{escape(results[name])}", highlight=False, soft_wrap=True)
 
 
 def _columns(results: dict[str, Any]) -> list[str]:
@@ -34,13 +38,21 @@ def _metrics(results: dict[str, Any]) -> Any:
     from rich.table import Table
 
     columns = _columns(results)
-    table = Table(title=f"{results['method']}: before and after", title_justify="left")
-    table.add_column("metric")
+    table = Table(title=f"{results['method']}: before and after", **PLAIN)
+    table.add_column("")
+    table.add_column("")
     for name in columns:
-        table.add_column(name.replace("_", " "), justify="right")
-    for key in results["metrics"]["before"]:
+        table.add_column(name.replace("_", " "), justify="right", no_wrap=True)
+    table.add_column("wanted", style="dim")
+    previous = None
+    for key, metric in results["details"]["before"].items():
+        split = key.partition("_")[0]
+        if previous not in (None, split):
+            table.add_section()
         cells = [_cell(results["details"][name].get(key)) for name in columns]
-        table.add_row(NAMES.get(key, key), *cells, end_section=key == "forget_extraction_strength")
+        label = f"[{COLOURS.get(split, 'default')}]{split}[/]" if split != previous else ""
+        table.add_row(label, in_words(key), *cells, metric["direction"].replace("none", ""))
+        previous = split
     return table
 
 
@@ -48,27 +60,39 @@ def _cell(metric: dict[str, Any] | None) -> str:
     if metric is None or metric["value"] is None:
         return "–"
     error = metric.get("standard_error")
-    return f"{metric['value']:.3f}" + (f" [dim]± {error:.3f}[/dim]" if error is not None else "")
+    return f"{metric['value']:.3f}" + (f" [dim]± {error:.3f}[/]" if error is not None else "")
 
 
-def _answers(results: dict[str, Any], per_split: int = 2) -> Any:
-    from rich.markup import escape
+def _chosen(examples: list[dict[str, Any]], per_split: int = 2) -> list[dict[str, Any]]:
+    splits = dict.fromkeys(row["split"] for row in examples)
+    return [
+        row
+        for split in splits
+        for row in [row for row in examples if row["split"] == split][:per_split]
+    ]
+
+
+def _answers(row: dict[str, Any], columns: list[str]) -> Any:
+    """Show one question with the true answer and what each model wrote, one below the other."""
     from rich.table import Table
+    from rich.text import Text
 
-    columns = _columns(results)
-    table = Table(title="the same questions, asked before and after", title_justify="left")
-    table.add_column("question", ratio=3)
-    for name in ("true answer", *(name.replace("_", " ") for name in columns)):
-        table.add_column(name, ratio=3)
-    for split in ("forget", "retain"):
-        rows = [row for row in results["examples"] if row["split"] == split][:per_split]
-        for place, row in enumerate(rows):
-            cells = [row["question"], row["answer"], *(row.get(name) or "" for name in columns)]
-            colour = "red" if split == "forget" else "cyan"
-            label = f"[{colour}]{split}[/{colour}] {escape(cells[0])}"
-            rest = [escape(cell[:200]) for cell in cells[1:]]
-            table.add_row(label, *rest, end_section=place == len(rows) - 1)
+    table = Table.grid(padding=(0, 2, 0, 0), expand=True)
+    table.add_column(width=12, no_wrap=True)
+    table.add_column(ratio=1)
+    colour = COLOURS.get(row["split"], "default")
+    table.add_row(f"[{colour}]{row['split']}[/]", Text(shortened(row["question"]), style="bold"))
+    table.add_row("[dim]true answer[/]", Text(shortened(row["answer"]), style="dim"))
+    for name in columns:
+        table.add_row(name.replace("_", " "), Text(shortened(row.get(name) or "(nothing)")))
+    table.add_row()
     return table
+
+
+def shortened(text: str, longest: int = 240) -> str:
+    """Give a text on one line, cut where it becomes too long to compare."""
+    line = " ".join(text.split())
+    return line if len(line) <= longest else f"{line[: longest - 1]}…"
 
 
 def print_plan(plan: dict[str, Any]) -> None:
@@ -85,24 +109,26 @@ def print_plan(plan: dict[str, Any]) -> None:
         f"{plan['parameters']['trainable']:,} of {plan['parameters']['total']:,} weights trained",
         highlight=False,
     )
-    table = Table(title=f"memory on {plan['device']} ({plan['dtype']})", title_justify="left")
+    table = Table(title=f"memory on {plan['device']} ({plan['dtype']})", **PLAIN)
     table.add_column("part")
-    table.add_column("size", justify="right")
+    table.add_column("size", justify="right", no_wrap=True)
     table.add_column("why", style="dim")
     for part in plan["memory"]:
         table.add_row(part["part"], size(part["bytes"]), part["why"])
-    table.add_section()
-    table.add_row("total", size(plan["memory_bytes"]), "estimate; --measure runs a step")
+    table.add_row(
+        "total", size(plan["memory_bytes"]), "estimate; --measure runs a step", style="bold"
+    )
+    console.print()
     console.print(table)
-    files = Table(title="files that would be written", title_justify="left")
+    console.print()
+    files = Table(title="files that would be written", **PLAIN)
     files.add_column("path")
-    files.add_column("size", justify="right")
+    files.add_column("size", justify="right", no_wrap=True)
     for file in plan["files"]:
         files.add_row(file["path"], size(file["bytes"]))
-    files.add_section()
-    files.add_row(
-        f"free on that disk: {size(plan['disk']['free_bytes'])}", size(plan["disk"]["needed_bytes"])
-    )
+    free = size(plan["disk"]["free_bytes"])
+    needed = size(plan["disk"]["needed_bytes"])
+    files.add_row(f"total ({free} are free)", needed, style="bold")
     console.print(files)
     if measured := plan.get("measured"):
         console.print(

@@ -27,15 +27,12 @@ def sealed(folder: Path) -> Iterator[Path]:
 
 
 def is_complete(folder: Path) -> bool:
-    """Tell whether every listed file is there with its size and SHA-256."""
+    """Tell whether every listed file is there, can be read, and has its size and SHA-256."""
     try:
         entries = json.loads((folder / SEAL).read_text())
+        return all(_entry(folder / name) == entry for name, entry in entries.items())
     except (OSError, ValueError):
         return False
-    return all(
-        (folder / name).is_file() and _entry(folder / name) == entry
-        for name, entry in entries.items()
-    )
 
 
 def newest(folder: Path) -> Path | None:

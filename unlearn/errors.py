@@ -28,14 +28,19 @@ class RunFailed(Exception):
         self.hint = hint
 
 
-class Interrupted(Exception):
-    """The run was stopped on request and can be resumed (exit code 75)."""
+class Interrupted(BaseException):
+    """The run was stopped on request and can be resumed (exit code 75).
+
+    Like KeyboardInterrupt it is no Exception: it is raised from a signal handler, anywhere, and
+    libraries that catch every Exception to try something else would swallow it.
+    """
 
 
 def did_you_mean(given: str, allowed: Iterable[str]) -> str:
     """Return ``; did you mean 'x'?`` for the closest allowed name, or an empty string."""
-    close = difflib.get_close_matches(given, list(allowed), n=1, cutoff=0.6)
-    return f"; did you mean '{close[0]}'?" if close else ""
+    names = {name.lower(): name for name in allowed}
+    close = difflib.get_close_matches(given.lower(), list(names), n=1, cutoff=0.6)
+    return f"; did you mean '{names[close[0]]}'?" if close else ""
 
 
 def unknown(kind: str, given: str, allowed: Iterable[str]) -> UserError:

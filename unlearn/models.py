@@ -3,7 +3,9 @@
 import hashlib
 import json
 import struct
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,9 +14,13 @@ from typing import Any, Literal
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from unlearn.errors import UserError
+from unlearn.errors import UserError, did_you_mean
 
 Dtype = Literal["auto", "float32", "bfloat16"]
+SAMPLING = (
+    "temperature", "top_k", "top_p", "top_h", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff",
+)  # fmt: skip
+"""Settings of a model's ``generate`` that have no effect unless it samples."""
 
 
 @dataclass(frozen=True)
@@ -81,20 +87,24 @@ def check_safetensors(path: Path) -> None:
     """Compare a file's size with what its header promises; raise UserError when it is cut short."""
     size = path.stat().st_size
     redo = "copy or download it again"
-    if size < 8:
-        raise UserError(f"'{path}' is truncated: {size} bytes", redo)
     with path.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
+        start = file.read(8)
+        if start == b"version ":
+            raise UserError(f"'{path}' is a git-lfs pointer, not the weights", "run: git lfs pull")
+        if len(start) < 8:
+            raise UserError(f"'{path}' is truncated: {size} bytes", redo)
+        (length,) = struct.unpack("<Q", start)
         if length > size - 8:
             raise UserError(f"'{path}' is truncated: its header alone needs {length} bytes", redo)
         try:
             header = json.loads(file.read(length))
-        except ValueError as error:
+            header.pop("__metadata__", None)
+            end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+            expected = 8 + length + end
+        except (ValueError, TypeError, AttributeError, LookupError) as error:
             raise UserError(
                 f"'{path}' is not a safetensors file: its header is damaged", redo
             ) from error
-    spans = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-    expected = 8 + length + max(spans, default=0)
     if size != expected:
         raise UserError(
             f"'{path}' is truncated: {size} bytes, its header promises {expected}", redo
@@ -115,11 +125,39 @@ def load_model(source: ModelSource | str, *, device: str | None = None) -> Any:
     dtype = resolve_dtype(source.dtype)
     extra: dict[str, Any] = {"quantization_config": _nf4(dtype)} if source.quantize else {}
     with _readable(source, "model"):
-        model = AutoModelForCausalLM.from_pretrained(
-            source.path, dtype=dtype, use_safetensors=True, **source.arguments(), **extra
+        model, found = AutoModelForCausalLM.from_pretrained(
+            source.path,
+            dtype=dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # found and refused below, by name
+            **source.arguments(),
+            **extra,
         )
+    _require_all_weights(source, found)
+    _drop_ignored_sampling(model.generation_config)
     model = model.eval()
     return model if source.quantize else model.to(device or best_device())
+
+
+def _require_all_weights(source: ModelSource, found: Mapping[str, Any]) -> None:
+    """Refuse a model some of whose weights would be random numbers."""
+    wrong_shape = [key if isinstance(key, str) else key[0] for key in found["mismatched_keys"]]
+    for what, names in (("missing", found["missing_keys"]), ("of the wrong shape", wrong_shape)):
+        if names:
+            first = ", ".join(sorted(names)[:3]) + (", …" if len(names) > 3 else "")
+            raise UserError(
+                f"'{source.path}': {len(names)} weights are {what} ({first})",
+                "config.json and the weights do not belong together, or a file is missing",
+            )
+
+
+def _drop_ignored_sampling(generation: Any) -> None:
+    """Unset sampling flags of a model that does not sample: with them it could not be saved."""
+    if generation is not None and not generation.do_sample:
+        for flag in SAMPLING:
+            if hasattr(generation, flag):
+                setattr(generation, flag, None)
 
 
 def best_device() -> str:
@@ -142,6 +180,9 @@ def add_lora(model: Any, lora: Lora) -> Any:
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training  # noqa: PLC0415
 
     targets = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
+    absent = [] if isinstance(targets, str) else [t for t in targets if not _has_module(model, t)]
+    if absent:
+        raise _not_in_model(model, absent)
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
@@ -156,12 +197,21 @@ def add_lora(model: Any, lora: Lora) -> Any:
     except ValueError as error:
         if "not found in the base model" not in str(error):
             raise
-        leaves = sorted({name.rsplit(".", 1)[-1] for name, module in model.named_modules()
-                         if isinstance(module, torch.nn.Linear)})  # fmt: skip
-        raise UserError(
-            f"LoRA targets {targets} are not in this model",
-            f"its linear layers: {', '.join(leaves)}",
-        ) from error
+        raise _not_in_model(model, [str(targets)]) from error
+
+
+def _has_module(model: Any, target: str) -> bool:
+    return any(f".{name}".endswith(f".{target}") for name, _ in model.named_modules())
+
+
+def _not_in_model(model: Any, targets: list[str]) -> UserError:
+    linear = (name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear))
+    leaves = sorted({name.rsplit(".", 1)[-1] for name in linear})
+    meant = did_you_mean(targets[0], leaves)
+    return UserError(
+        f"LoRA targets {', '.join(targets)} are not in this model{meant}",
+        f"its linear layers: {', '.join(leaves)}",
+    )
 
 
 def save_model(model: Any, tokenizer: Any, folder: Path, adapter: Path) -> None:
@@ -176,6 +226,8 @@ def save_model(model: Any, tokenizer: Any, folder: Path, adapter: Path) -> None:
             tokenizer.save_pretrained(folder)
             return
         model.save_pretrained(adapter)
+        for path in adapter.iterdir():
+            path.chmod(0o644)  # safetensors leaves files readable by their owner alone
         model = model.merge_and_unload()
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -187,7 +239,8 @@ def weights_hash(model: Any) -> str:
     def one(item: tuple[str, torch.Tensor]) -> bytes:
         name, tensor = item
         digest = hashlib.blake2b(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        flat = tensor.detach().cpu().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy().data)
         return digest.digest()
 
     tensors = sorted(model.state_dict().items())
@@ -205,19 +258,14 @@ def _nf4(dtype: torch.dtype) -> Any:
     )
 
 
-class _readable:
+@contextmanager
+def _readable(source: ModelSource, what: str) -> Iterator[None]:
     """Turn the many ways a hub or folder can be unreadable into one line."""
-
-    def __init__(self, source: ModelSource, what: str) -> None:
-        self.source, self.what = source, what
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        if isinstance(error, OSError | ValueError | KeyError) and not isinstance(error, UserError):
-            cause = str(error).strip().split("\n")[0]
-            raise UserError(
-                f"cannot load the {self.what} of '{self.source.path}': {cause}",
-                "check the path; hub models need a network unless they are already downloaded",
-            ) from error
+    try:
+        yield
+    except (OSError, ValueError, KeyError) as error:
+        cause = str(error).strip().split("\n")[0]
+        raise UserError(
+            f"cannot load the {what} of '{source.path}': {cause}",
+            "check the path; hub models need a network unless they are already downloaded",
+        ) from error

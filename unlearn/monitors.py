@@ -4,6 +4,7 @@ import math
 import resource
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -38,13 +39,13 @@ class UpdateCheck(TrainerCallback):
 
     After the first step with a learning rate above zero each trainable tensor must have moved. A
     tensor whose gradient is exactly zero is given :data:`PATIENCE` steps. What did not move is
-    named in one ``unmoved`` event.
+    named in an ``unmoved`` event.
     """
 
     emit: Emit
     steps: int = 0
     pending: dict[str, Tensor] = field(default_factory=dict)
-    before: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    before: dict[str, tuple[Tensor, Tensor] | None] = field(default_factory=dict)
     done: bool = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -60,29 +61,19 @@ class UpdateCheck(TrainerCallback):
         if self.done or not self.before:
             return
         self.steps += 1
-        total = len(self.before)
-        stuck = {
-            name for name, probe in self.before.items() if not _moved(self.pending[name], probe)
-        }
-        if self.steps == 1 and len(stuck) == total:
+        stuck = {n: t for n, t in self.pending.items() if not _moved(t, self.before[n])}
+        if self.steps == 1 and len(stuck) == len(self.pending):
             raise RunFailed(
                 "the first optimiser step moved no weight at all",
                 "raise training.learning_rate, or use float32: bfloat16 rounds small steps away",
             )
-        self.pending = {name: tensor for name, tensor in self.pending.items() if name in stuck}
-        waiting = [name for name, tensor in self.pending.items() if not _has_gradient(tensor)]
+        patient = self.steps < PATIENCE
+        self.pending = {n: t for n, t in stuck.items() if patient and not _has_gradient(t)}
         self.before = {}
-        if len(waiting) < len(self.pending) or self.steps >= PATIENCE or not self.pending:
-            self.done = True
-            if self.pending:
-                self.emit(
-                    {
-                        "event": "unmoved",
-                        "step": state.global_step + 1,
-                        "tensors": list(self.pending),
-                    }
-                )
-            self.pending = {}
+        self.done = not self.pending
+        if unmoved := [name for name in stuck if name not in self.pending]:
+            step = state.global_step + 1
+            self.emit({"event": "unmoved", "step": step, "tensors": unmoved})
 
 
 def require_finite_gradients(model: Any) -> None:
@@ -111,15 +102,18 @@ def _has_gradient(tensor: Tensor) -> bool:
     return tensor.grad is not None and bool(tensor.grad.any())
 
 
-def _largest(tensor: Tensor) -> tuple[Tensor, Tensor]:
+def _largest(tensor: Tensor) -> tuple[Tensor, Tensor] | None:
     """Give the places of the largest gradients and the values there, before the step."""
-    assert tensor.grad is not None
+    if tensor.grad is None:
+        return None
     flat = tensor.grad.detach().abs().flatten()
     places = flat.topk(min(PROBE, len(flat))).indices
     return places, tensor.detach().flatten()[places].clone()
 
 
-def _moved(tensor: Tensor, probe: tuple[Tensor, Tensor]) -> bool:
+def _moved(tensor: Tensor, probe: tuple[Tensor, Tensor] | None) -> bool:
+    if probe is None:
+        return False
     places, values = probe
     return not torch.equal(tensor.detach().flatten()[places], values)
 
@@ -184,11 +178,14 @@ class StopRequest(TrainerCallback):
 
     @contextmanager
     def listening(self) -> Iterator["StopRequest"]:
-        """Handle the signals inside this block; give them back afterwards."""
-        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        """Handle the signals inside this block; give them back afterwards.
+
+        Only the main thread may handle signals; in another thread nothing is changed.
+        """
+        main = threading.current_thread() is threading.main_thread()
+        numbers = (signal.SIGINT, signal.SIGTERM) if main else ()
+        before = {number: signal.signal(number, self._receive) for number in numbers}
         try:
-            for number in before:
-                signal.signal(number, self._receive)
             yield self
         finally:
             for number, handler in before.items():

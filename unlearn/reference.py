@@ -10,12 +10,14 @@ import contextlib
 import copy
 import hashlib
 import json
+import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
@@ -54,11 +56,14 @@ def score_rows(
     return found
 
 
-def cache_key(weights_hash: str, examples: Sequence[Example], precision: str) -> str:
-    """Hash everything the numbers depend on: weights, tokens, labels, precision and layout."""
+def cache_key(weights_hash: str, examples: Sequence[Example], architecture: str) -> str:
+    """Hash everything the numbers depend on: layout, weights, tokens, labels and architecture.
+
+    ``architecture`` says what the weights alone do not: rotary base, scalings, precision.
+    """
     rows = json.dumps([[example.input_ids, example.labels] for example in examples])
-    parts = (str(LAYOUT), weights_hash, precision, hashlib.sha256(rows.encode()).hexdigest())
-    return hashlib.sha256(" ".join(parts).encode()).hexdigest()
+    parts = (str(LAYOUT), weights_hash, architecture, rows)
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 def stored_rows(
@@ -70,17 +75,22 @@ def stored_rows(
     folder: Path,
     **scoring: Any,
 ) -> list[Tensor]:
-    """Read these rows from the cache folder, or score them (:func:`score_rows`) and store."""
-    key = cache_key(weights_hash, examples, str(model.dtype))
+    """Read these rows from the cache folder, or score them (:func:`score_rows`) and store.
+
+    A damaged cache file is computed again; a folder that cannot be written costs only a warning.
+    """
+    key = cache_key(weights_hash, examples, f"{model.dtype} {model.config.to_json_string()}")
     path = folder / "reference" / f"{key}.safetensors"
     lengths = [len(example.input_ids) for example in examples]
-    if path.is_file():
-        with contextlib.suppress(Exception):  # a damaged cache file is computed again
-            values = load_file(path)["log_probs"]
-            if len(values) == sum(lengths):
-                return list(values.split(lengths))
+    with contextlib.suppress(OSError, SafetensorError, KeyError):
+        values = load_file(path)["log_probs"]
+        if len(values) == sum(lengths):
+            return list(values.split(lengths))
     rows = score_rows(scorer, model, examples, **scoring)
-    write_atomic(path, save({"log_probs": torch.cat(rows)}))
+    try:
+        write_atomic(path, save({"log_probs": torch.cat(rows)}))
+    except OSError as error:
+        warnings.warn(f"the reference is not kept for the next run: {error}", stacklevel=2)
     return rows
 
 

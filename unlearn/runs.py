@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -43,6 +43,7 @@ def write_atomic(path: Path, content: str | bytes) -> None:
             os.fsync(file.fileno())
         os.chmod(name, 0o644)
         os.replace(name, path)
+        _settle(path.parent)
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
@@ -68,9 +69,16 @@ def staged(folder: Path) -> Iterator[Path]:
         if folder.exists():
             shutil.rmtree(folder)
         os.rename(staging, folder)
+        _settle(folder.parent)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
+
+
+def _settle(folder: Path) -> None:
+    """Flush a folder's list of names, so that a rename outlives a power loss."""
+    with suppress(OSError):  # some file systems cannot flush a folder
+        _flush(folder)
 
 
 def _flush(path: Path) -> None:
@@ -148,16 +156,17 @@ class RunFolder:
         return self.path / "evals" / f"{name}.json"
 
     def append_event(self, event: Mapping[str, Any]) -> None:
-        """Append one line to ``events.jsonl``."""
+        """Append one line to ``events.jsonl``; a torn last line is closed first."""
         line = json.dumps({"time": round(time.time(), 3), **event}, ensure_ascii=False)
-        with (self.path / "events.jsonl").open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        with (self.path / "events.jsonl").open("ab+") as file:
+            torn = file.tell() > 0 and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n"
+            file.write(b"\n" * torn + line.encode() + b"\n")
 
     def events(self, kind: str) -> list[dict[str, Any]]:
         """Read back the events of one kind; a torn last line (power loss) is skipped."""
         path = self.path / "events.jsonl"
         found = []
-        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        for line in path.read_bytes().split(b"\n") if path.exists() else []:
             try:
                 event = json.loads(line)
             except ValueError:

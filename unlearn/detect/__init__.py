@@ -24,7 +24,7 @@ def zlib_ratio(scores: Scores, texts: Sequence[str]) -> Float[Tensor, " batch"]:
     Source: Carlini et al. 2021 (arXiv:2012.07805), zlib entropy.
     """
     sizes = [len(zlib.compress(text.encode())) for text in texts]
-    return loss(scores, texts) / torch.tensor(sizes, dtype=scores.log_probs.dtype)
+    return loss(scores, texts) / scores.log_probs.new_tensor(sizes)
 
 
 def min_k(scores: Scores, texts: Sequence[str], *, k: float = 0.2) -> Float[Tensor, " batch"]:

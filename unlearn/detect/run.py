@@ -8,6 +8,7 @@ import torch
 from unlearn.data import Template, encode, pad_token_id
 from unlearn.data.collate import batches_by_length, pad
 from unlearn.detect import loss, min_k, zlib_ratio
+from unlearn.errors import UserError
 from unlearn.models import ModelSource, load_model, load_tokenizer
 from unlearn.scores import Scorer
 
@@ -19,7 +20,12 @@ def score_texts(
     """Give one row per text: its number of scored tokens and the value of every detector.
 
     Texts longer than the model's context are scored on their first window.
+
+    Raises:
+        UserError: ``k`` is not a share, a text has nothing to score, or the model cannot be loaded.
     """
+    if not 0 < k <= 1:
+        raise UserError(f"k={k} is not a share of the tokens", "give more than 0 and at most 1")
     source = ModelSource(model_path, offline=offline)
     model, tokenizer = load_model(source), load_tokenizer(source)
     limit = int(getattr(model.config.get_text_config(), "max_position_embeddings", 2048))

@@ -1,0 +1,238 @@
+"""Runs through the command line: what is printed where, and the screens."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from unlearn.cli.entry import FULL_DISK, explain
+from unlearn.cli.progress import LivePanel, PlainLines, clock, sparkline
+
+CONSOLE = Path(sys.executable).parent / "unlearn"
+EVENTS = [
+    {"event": "stage", "stage": "benchmark", "name": "before"},
+    {"event": "progress", "what": "forget: scoring", "done": 4, "total": 4},
+    {"event": "metrics", "name": "before",
+     "metrics": {"forget_Q_A_Prob": 0.998, "retain_extraction_strength": None}},
+    {"event": "stage", "stage": "train", "resumed_from": "checkpoint-3"},
+    *({"event": "step", "step": n, "of": 8, "forget/nll": n / 4, "retain/nll": 0.1,
+       "forget/npo": 0.5, "learning_rate": 1e-5, "seconds": n - 3.0, "memory_bytes": 2**30}
+      for n in range(4, 7)),
+    {"event": "unmoved", "tensors": ["model.norm.weight"]},
+]  # fmt: skip
+
+
+def test_results_are_one_json_object_and_progress_goes_to_stderr(run_npo):
+    outcome = run_npo(options=("--json",))
+    assert outcome.code == 0, outcome.err
+    results = outcome.json
+    assert results == json.loads(Path("out/results.json").read_text())
+    assert results["status"] == "complete"
+    assert set(results["metrics"]) == {"before", "after"}
+    assert (Path(results["model"]) / "model.safetensors").is_file()
+    assert Path(results["report"]).is_file()
+    for line in ("loading the model", "measuring before", "unlearning", "step 2/2"):
+        assert line in outcome.err
+
+
+def test_what_libraries_print_does_not_reach_stdout(run_npo, monkeypatch):
+    from unlearn import models
+
+    load = models.load_model
+
+    def noisy(*arguments: Any, **named: Any) -> Any:
+        sys.stdout.write("a library says hello\n")
+        warnings.warn("a library is worried", FutureWarning, stacklevel=1)
+        return load(*arguments, **named)
+
+    monkeypatch.setattr(models, "load_model", noisy)
+    outcome = run_npo(options=("--json",))
+    assert outcome.json["status"] == "complete"
+    assert "a library says hello" in outcome.err
+    assert "worried" not in outcome.err
+
+
+def test_warnings_of_our_own_are_shown_once(run_npo, monkeypatch):
+    from unlearn import scores
+
+    monkeypatch.setattr(scores, "_self_check", lambda head, model: False)
+    outcome = run_npo(options=("--json",))
+    assert outcome.code == 0, outcome.err
+    found = [line for line in outcome.err.splitlines() if line.startswith("warning: ")]
+    assert outcome.err == ""
+    assert "full logits are used" in found[0]
+
+
+def test_console_script_prints_nothing_but_its_own_lines(world):
+    """Fresh process, real descriptors: DeepSpeed and transformers have their say at import."""
+    flags = ["--model", "model", "--forget", "forget.jsonl", "--retain", "retain.jsonl"]
+    fast = ["training.max_steps=1", "evals.max_rows=2", "evals.max_new_tokens=2"]
+    changes = [part for change in fast for part in ("--set", change)]
+    done = subprocess.run(
+        [CONSOLE, "run", "npo", *flags, "--out", "out", *changes, "--json"],
+        capture_output=True, text=True, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert json.loads(done.stdout)["run"] == "out"
+    ours = ("[", "  forget: ", "  retain: ", "  reference on ", "  step ")
+    assert [line for line in done.stderr.splitlines() if not line.startswith(ours)] == []
+
+
+def test_tables_for_people_fit_the_terminal(run_npo, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    answers = ("evals.generate=true", "evals.max_new_tokens=90", "model.retain_model=model")
+    outcome = run_npo(*answers)
+    assert outcome.code == 0, outcome.err
+    lines = outcome.out.splitlines()
+    assert max(lines, key=len) == ""
+    probability = next(line for line in lines if "probability" in line)
+    assert probability.split()[:2] == ["forget", "probability"]
+    assert probability.split()[-1] == "lower"
+    assert [line.split()[0] for line in lines if " was born." in line] == ["true", "true"]
+    for name in ("before", "after", "retain model"):
+        assert sum(line.startswith(f"{name} ") for line in lines) == 4
+    assert lines[-1] == "report out/report.html"
+
+
+def test_long_paths_are_not_broken(run_npo, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    out = "/".join(["a-rather-long-folder-name"] * 4)
+    assert f"report {out}/report.html" in run_npo(out=out).out.splitlines()
+
+
+def test_unexpected_error_is_one_line_and_a_log(run_npo, monkeypatch):
+    def broken(*arguments: Any, **named: Any) -> Any:
+        raise ValueError("the cause\nand a long story")
+
+    monkeypatch.setattr("unlearn.recipes.run.train", broken)
+    outcome = run_npo(options=("--json",))
+    assert outcome.code == 1
+    assert "failed: ValueError: the cause\n" in outcome.err
+    assert "Traceback" not in outcome.err
+    assert "out/error.log" in outcome.json["error"]["hint"]
+    log = Path("out/error.log").read_text()
+    assert log.startswith("Traceback")
+    assert "a long story" in log
+    shown = run_npo(options=("--debug",), out="other")
+    assert shown.code == 1
+    assert "Traceback" in shown.err
+
+
+def test_running_out_of_memory_says_what_to_change(run_npo, monkeypatch):
+    import torch
+
+    def hungry(*arguments: Any, **named: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
+
+    monkeypatch.setattr("unlearn.recipes.run.train", hungry)
+    outcome = run_npo()
+    assert outcome.code == 1
+    assert "failed: out of memory\n" in outcome.err
+    assert "per_device_train_batch_size" in outcome.err
+    assert "`unlearn resume out`" in outcome.err
+
+
+@pytest.mark.parametrize("sign", FULL_DISK)
+def test_full_disk_is_recognised(sign):
+    assert explain(RuntimeError(f"[enforce fail] {sign}: 12 != 34")).message == "the disk is full"
+
+
+def test_help_needs_no_torch_and_is_quick():
+    code = (
+        "import sys, time; start = time.perf_counter(); from unlearn.cli.main import app\n"
+        "try: app(['--help'])\n"
+        "except SystemExit: pass\n"
+        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules\n"
+        "print(time.perf_counter() - start)"
+    )
+    command = [sys.executable, "-c", code]
+    runs = [subprocess.run(command, capture_output=True, text=True, check=True) for _ in range(3)]
+    assert min(float(done.stdout.splitlines()[-1]) for done in runs) < 0.5
+
+
+@pytest.mark.parametrize("command", ["run", "resume", "quickstart", "plan"])
+def test_every_command_shows_an_example(unlearn, monkeypatch, command):
+    monkeypatch.setenv("COLUMNS", "300")
+    outcome = unlearn(command, "--help")
+    assert outcome.code == 0
+    assert f"Example: unlearn {command} " in outcome.out
+    assert "<bool>" not in outcome.out.replace("--help", "").split("Show this message")[-1]
+
+
+def test_version(unlearn):
+    from unlearn import __version__
+
+    assert unlearn("--version").out == f"unlearn {__version__}\n"
+
+
+def test_live_panel_shows_stage_bar_curves_and_what_is_left():
+    from rich.console import Console
+
+    for width in (60, 110):
+        screen = io.StringIO()
+        panel = LivePanel()
+        panel.console = Console(file=screen, force_terminal=True, width=width, color_system=None)
+        panel.live.console = panel.console
+        with panel.live:
+            for event in EVENTS:
+                panel.show(event)
+            panel.live.refresh()
+            shown = panel.console.file.getvalue()
+            panel.finish()
+        assert "✓ measuring before" in shown
+        assert "forget probability 0.998" in shown
+        assert "retain extraction strength –" in shown
+        assert "unlearning from checkpoint-3" in shown
+        assert "6/8" in shown.replace("\n", "")
+        assert "0:02 left" in shown
+        assert "warning: no update reached model.norm.weight" in shown.replace("\n", "")
+        assert "1.00 → 1.50" in shown
+        assert "✓ unlearning" in screen.getvalue()
+
+
+def test_plain_lines_for_logs(capsys):
+    lines = PlainLines(seconds=0.0)
+    for event in EVENTS:
+        lines.show(event)
+    shown = capsys.readouterr().err
+    assert "  forget: probability 0.998" in shown
+    assert "unlearning from checkpoint-3" in shown
+    assert "step 6/8: forget/nll 1.500, retain/nll 0.100, forget/npo 0.500 (0:02 left)" in shown
+
+
+def test_sparkline_starts_at_zero_and_shares_its_scale():
+    assert sparkline([0.0, 0.5, 1.0]) == "▁▅█"
+    assert sparkline([1.0, 1.0], top=7.0) == "▂▂"
+    assert sparkline([0.0] * 100, width=10) == "▁" * 10
+
+
+def test_clock():
+    assert clock(59.9) == "0:59"
+    assert clock(3 * 3600 + 62) == "3:01:02"
+
+
+@pytest.mark.slow
+def test_quickstart_forgets_within_ninety_seconds(tmp_path):
+    done = subprocess.run(
+        [CONSOLE, "quickstart", "--out", tmp_path / "q", "--json"],
+        capture_output=True, text=True, check=True, timeout=180,
+    )  # fmt: skip
+    metrics = json.loads(done.stdout)["metrics"]
+    assert metrics["before"]["forget_Q_A_Prob"] > 0.9
+    assert metrics["after"]["forget_Q_A_Prob"] < 0.3
+    assert metrics["after"]["retain_Q_A_Prob"] > 0.9
+    assert metrics["retain_model"]["forget_Q_A_Prob"] < 0.3
+
+
+def test_quickstart_in_short(world, unlearn):
+    fast = ("training.max_steps=1", "evals.max_rows=2", "evals.max_new_tokens=2")
+    changes = [part for change in fast for part in ("--set", change)]
+    outcome = unlearn("quickstart", "--out", "q", *changes, "--json")
+    assert outcome.code == 0, outcome.err
+    assert outcome.json["method"] == "npo"
+    assert set(outcome.json["metrics"]) == {"before", "after", "retain_model"}
