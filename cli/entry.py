@@ -244,8 +244,8 @@ def _quiet_libraries(*, debug: bool) -> Iterator[None]:
     logging.getLogger("DeepSpeed").addFilter(_serious)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        warnings.filterwarnings("once", module=r"unlearn\b")
-        warnings.showwarning = _show_warning
+        warnings.filterwarnings("always", module=r"unlearn\b")
+        warnings.showwarning = _warning_printer()
         _write_anything()
         yield
 
@@ -254,8 +254,16 @@ def _serious(record: logging.LogRecord) -> bool:
     return record.levelno >= logging.ERROR
 
 
-def _show_warning(message: Warning | str, *place: Any, **more: Any) -> None:
-    print(f"warning: {message}", file=sys.stderr)
+def _warning_printer() -> Callable[..., None]:
+    """Give a ``warnings.showwarning`` that prints each text once, as one line."""
+    seen: set[str] = set()
+
+    def show(message: Warning | str, *place: Any, **more: Any) -> None:
+        if str(message) not in seen:
+            print(f"warning: {message}", file=sys.stderr)
+        seen.add(str(message))
+
+    return show
 
 
 def _write_anything() -> None:

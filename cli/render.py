@@ -90,8 +90,12 @@ def _answers(row: dict[str, Any], columns: list[str]) -> Any:
 
 
 def shortened(text: str, longest: int = 240) -> str:
-    """Give a text on one line, cut where it becomes too long to compare."""
-    line = " ".join(text.split())
+    """Give a text on one line, cut where it becomes too long to compare.
+
+    Characters that would steer the terminal are shown as dots: an unlearned model writes anything.
+    """
+    printable = "".join(c if c.isprintable() or c.isspace() else "\N{MIDDLE DOT}" for c in text)
+    line = " ".join(printable.split())
     return line if len(line) <= longest else f"{line[: longest - 1]}…"
 
 

@@ -98,7 +98,10 @@ def _context(results: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _repeat(recipe: str | None) -> str | None:
-    return shlex.join(["unlearn", "run", recipe]) if recipe else None
+    """Give the command that repeats a run, in a new folder beside it."""
+    if recipe is None:
+        return None
+    return shlex.join(["unlearn", "run", recipe, "--out", f"{Path(recipe).parent}-again"])
 
 
 def table(results: Mapping[str, Any]) -> list[Row]:

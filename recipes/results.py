@@ -7,7 +7,7 @@ from typing import Any
 from unlearn.evals.side_by_side import side_by_side
 from unlearn.runs import RunFolder
 
-UNPLOTTED = ("event", "time", "of", "memory_bytes")
+UNPLOTTED = ("event", "time", "of", "seconds", "memory_bytes")
 """What a step event holds beyond the numbers of the curve."""
 
 

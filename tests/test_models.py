@@ -251,10 +251,12 @@ def test_a_model_comes_back_bit_by_bit(
 def test_sampling_settings_without_sampling_do_not_prevent_saving(
     saved: Path, tiny_tokenizer: Any, tmp_path: Path
 ) -> None:
-    """Some published models carry a temperature with do_sample=false; saving them fails."""
+    """Some published models carry a temperature with do_sample=false; transformers 5.0 loads them
+    and refuses to save them."""
     settings = {"do_sample": False, "temperature": 0.6, "top_p": 0.9, "eos_token_id": 2}
     (saved / "generation_config.json").write_text(json.dumps(settings))
     model = load_model(str(saved), device="cpu")
+    assert model.generation_config.temperature is None
     save_model(model, tiny_tokenizer, tmp_path / "out", tmp_path / "adapter")
     kept = GenerationConfig.from_pretrained(tmp_path / "out")
     assert kept.eos_token_id == 2

@@ -12,6 +12,7 @@ import torch
 import typer
 
 from unlearn.cli import detect, entry, main
+from unlearn.cli.data import columns_of
 from unlearn.data.people import demo_folder
 from unlearn.evals.benchmark import MEASURES
 from unlearn.objectives import OBJECTIVES, Objective, batch_loss, sequence
@@ -87,6 +88,8 @@ def test_a_command_is_understood_and_its_recipe_is_valid(words: list[str]) -> No
     for key, (group, leaf) in (sections | {"retain": ("data", "retain")}).items():
         if given[key]:
             changes.setdefault(group, {})[leaf] = given[key]
+    if given["map_"]:
+        changes.setdefault("data", {})["columns"] = columns_of(given["map_"])
     recipe = files.load(
         given["recipe"] or given["method"], given["set_"] or [], changes, lora=given["lora"]
     )

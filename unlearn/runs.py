@@ -103,7 +103,7 @@ class RunFolder:
             UserError: the folder exists and is not empty, or cannot be made.
         """
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            resumable = (path / "recipe.yaml").is_file()
+            resumable = (path / "recipe.yaml").is_file() and not cls(path).results.is_file()
             then = f"`unlearn resume {path}` continues it, or " if resumable else ""
             raise UserError(f"output folder '{path}' already exists", f"{then}choose another --out")
         try:

@@ -168,6 +168,7 @@ class UnlearningTrainer(Trainer):
             for path in list(written.iterdir()):
                 os.rename(path, staging / path.name)
             written.rmdir()
+            (staging / "training_args.bin").unlink(missing_ok=True)  # a pickle nothing reads
         checkpoints.prune(folder, self.keep_checkpoints)
 
 

@@ -23,7 +23,7 @@ terms:
   - {objective: npo, weight: 1}
 training:
   learning_rate: -1
-  bf16: true
+  fp16: true
   gradient_checkpointing: yes
 evals: null
 learning_rate: 1e-4
@@ -178,7 +178,7 @@ def test_every_mistake_is_reported_at_once_with_its_line(tmp_path):
         "line 8: terms.1.wieght: unknown key; did you mean 'terms.1.weight'?",
         "line 9: terms.2.on: missing",
         "line 11: training.learning_rate: -1 given; must be greater than 0",
-        "line 12: training.bf16: the pipeline sets this itself; set `model.dtype`",
+        "line 12: training.fp16: the pipeline sets this itself; set `model.dtype`, or `training.bf16`",
         "line 13: training.gradient_checkpointing: 'yes' given; must be true or false",
         "line 14: evals: nothing given; must be a group of keys",
         "line 15: learning_rate: unknown key; did you mean 'training.learning_rate'?",

@@ -121,7 +121,7 @@ def test_other_training_arguments_pass_through():
     [
         ("output_dir", "`out`"),
         ("data_seed", "`seed`"),
-        ("bf16", "`model.dtype`"),
+        ("fp16", "`model.dtype`"),
         ("warmup_ratio", "`training.warmup_epochs`"),
         ("save_strategy", "`training.save_steps`"),
         ("eval_strategy", "`evals.every`"),
