@@ -40,7 +40,7 @@ KINDS = {
 _OWNED: dict[str, tuple[str, ...]] = {
     "set `out`": ("output_dir", "overwrite_output_dir"),
     "set `seed`": ("seed", "data_seed"),
-    "set `model.dtype`, or `training.bf16`": ("fp16", "bf16_full_eval", "fp16_full_eval"),
+    "set `model.dtype` or `training.bf16`": ("fp16", "bf16_full_eval", "fp16_full_eval"),
     "set `training.warmup_epochs` or `training.warmup_steps`": ("warmup_ratio",),
     "set `training.save_steps`": ("save_strategy", "save_only_model", "save_on_each_node"),
     "set `training.gradient_checkpointing`": (

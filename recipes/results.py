@@ -7,7 +7,7 @@ from typing import Any
 from unlearn.evals.side_by_side import side_by_side
 from unlearn.runs import RunFolder
 
-UNPLOTTED = ("event", "time", "of", "seconds", "memory_bytes")
+UNPLOTTED = ("event", "time", "of", "seconds", "tokens", "memory_bytes")
 """What a step event holds beyond the numbers of the curve."""
 
 
@@ -27,7 +27,7 @@ def put_together(
         },
         "details": {name: result["metrics"] for name, result in found.items()},
         "examples": side_by_side(found),
-        "training": training | {"curve": curve(folder)},
+        "training": training | totals(folder) | {"curve": curve(folder)},
         "provenance": provenance,
     }
 
@@ -44,6 +44,20 @@ def curve(folder: RunFolder) -> list[dict[str, Any]]:
         {key: value for key, value in steps[step].items() if key not in UNPLOTTED}
         for step in sorted(steps)
     ]
+
+
+def totals(folder: RunFolder) -> dict[str, float]:
+    """Give the seconds and tokens of training, over all sessions of a run that was resumed.
+
+    Step events count from the start of their session; work that was done again counts again.
+    """
+    ends: list[dict[str, Any]] = []
+    for event in folder.events("step"):
+        if ends and event["seconds"] >= ends[-1]["seconds"]:
+            ends.pop()
+        ends.append(event)
+    seconds = sum(event["seconds"] for event in ends)
+    return {"seconds": round(seconds, 2), "tokens": sum(event["tokens"] for event in ends)}
 
 
 def _places(folder: RunFolder) -> dict[str, str]:

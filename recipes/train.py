@@ -1,6 +1,5 @@
 """From a prepared recipe and a loaded model to a trained one: reference, arguments, trainer."""
 
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import fields
@@ -8,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PrinterCallback, TrainingArguments
+from transformers import PrinterCallback, TrainerState, TrainingArguments
 
 from unlearn import checkpoints, models, monitors, reference
 from unlearn.data.collate import Collator, StreamDataset
@@ -45,19 +44,26 @@ def train(
         trainer.add_callback(monitors.EverySteps(every, lambda step: on_step(trainer.model, step)))
     last = checkpoints.newest(folder)
     emit({"event": "stage", "stage": "train", "resumed_from": last and last.name})
-    started = time.monotonic()
-    with packable(trainer.model) if can_pack(trainer.model) else nullcontext():
-        trainer.train(resume_from_checkpoint=str(last) if last else None)
+    _train_from(trainer, last, prepared.steps)
     if stop.requested:
         emit({"event": "interrupted", "step": trainer.state.global_step})
         raise Interrupted(f"stopped after step {trainer.state.global_step}, which is saved")
-    summary = {
-        "steps": trainer.state.global_step,
-        "seconds": round(time.monotonic() - started, 2),
-        "tokens": trainer.num_tokens,
-        "peak_memory_bytes": monitors.peak_memory_bytes(),
-    }
-    return trainer.model, summary
+    steps, memory = trainer.state.global_step, monitors.peak_memory_bytes()
+    return trainer.model, {"steps": steps, "peak_memory_bytes": memory}
+
+
+def _train_from(trainer: UnlearningTrainer, last: Path | None, steps: int) -> None:
+    """Train, or go on from a checkpoint; one that holds all steps is only loaded.
+
+    (transformers would do one step more when such a run ended in the middle of an epoch.)
+    """
+    state = last and TrainerState.load_from_json(str(last / "trainer_state.json"))
+    if last and state and state.global_step >= steps:
+        trainer._load_from_checkpoint(str(last))
+        trainer.state = state
+        return
+    with packable(trainer.model) if can_pack(trainer.model) else nullcontext():
+        trainer.train(resume_from_checkpoint=str(last) if last else None)
 
 
 def make_trainer(
@@ -84,7 +90,9 @@ def make_trainer(
     )
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(monitors.UpdateCheck(emit))
-    trainer.add_callback(monitors.StepEvents(emit, lambda: trainer.readings))
+    trainer.add_callback(
+        monitors.StepEvents(emit, lambda: trainer.readings, lambda: trainer.num_tokens)
+    )
     return trainer
 
 

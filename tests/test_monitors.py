@@ -150,7 +150,7 @@ def test_a_step_event_holds_every_reading() -> None:
     del event["seconds"], event["memory_bytes"]
     assert event == {
         "event": "step", "step": 5, "of": 9, "learning_rate": 0.25,
-        "forget/npo": 1.5, "retain/nll": 2.0,
+        "forget/npo": 1.5, "retain/nll": 2.0, "tokens": 0,
     }  # fmt: skip
 
 

@@ -124,6 +124,7 @@ class StepEvents(TrainerCallback):
 
     emit: Emit
     readings: Callable[[], Mapping[str, Tensor]]
+    tokens: Callable[[], int] = lambda: 0
     started: float = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -136,6 +137,7 @@ class StepEvents(TrainerCallback):
         _require_finite_readings(event)
         event["learning_rate"] = kwargs["optimizer"].param_groups[0]["lr"]
         event["seconds"] = round(time.monotonic() - self.started, 3)
+        event["tokens"] = self.tokens()
         event["memory_bytes"] = peak_memory_bytes()
         self.emit(event)
 

@@ -10,14 +10,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
 NAME = "unlearn_packed"
 SHORTEST = 0.65
@@ -111,7 +109,7 @@ class Packing:
         outputs = []
         for group, *tokens in zip(self.groups, *parts, strict=True):
             rows = [group.unpack(part) for part in tokens]
-            output, _ = sdpa_attention_forward(module, *rows, None, **arguments)
+            output, _ = _transformers()[0](module, *rows, None, **arguments)
             outputs.append(group.pack(output))
         return torch.cat(outputs)[None]
 
@@ -139,7 +137,7 @@ def attention(
 ) -> tuple[Tensor, Tensor | None]:
     """Scaled dot-product attention, packed when the forward pass carries a :class:`Packing`."""
     if packing is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **arguments)
+        return _transformers()[0](module, query, key, value, attention_mask, **arguments)
     for name in ("softcap", "sliding_window", "s_aux", "position_bias"):
         if arguments.get(name) is not None:
             raise ValueError(f"attention with {name} cannot be packed")
@@ -148,16 +146,28 @@ def attention(
 
 def mask(*arguments: Any, **named: Any) -> Tensor | None:
     """Build the usual mask; none in a packed pass, where rows are apart and causal."""
-    return None if _active.get() else sdpa_mask(*arguments, **named)
+    return None if _active.get() else _transformers()[1](*arguments, **named)
 
 
-AttentionInterface.register(NAME, attention)
-AttentionMaskInterface.register(NAME, mask)
+@cache
+def _transformers() -> tuple[Any, Any]:
+    """Import what is needed of transformers once, and register our attention there.
+
+    Imported late, so that a mistake in a recipe is told before the seconds this takes.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface  # noqa: PLC0415
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward  # noqa: PLC0415
+    from transformers.masking_utils import sdpa_mask  # noqa: PLC0415
+
+    AttentionInterface.register(NAME, attention)
+    AttentionMaskInterface.register(NAME, mask)
+    return sdpa_attention_forward, sdpa_mask
 
 
 @contextmanager
 def packable(model: Any) -> Iterator[None]:
     """Let this model take packed batches inside the block; ordinary ones work as before."""
+    _transformers()
     before = model.config._attn_implementation
     model.set_attn_implementation(NAME)
     try:

@@ -94,9 +94,7 @@ def test_signal_before_and_after_training(run_npo, unlearn, stop_at, moment):
     assert_same_run(resumed.json, whole)
 
 
-@pytest.mark.parametrize("steps", [-1, pytest.param(8, marks=pytest.mark.xfail(
-    strict=True, reason="transformers trains one step more when a finished run is resumed"
-))])  # fmt: skip
+@pytest.mark.parametrize("steps", [-1, 8])
 def test_signal_when_the_last_step_is_done(run_npo, unlearn, stop_at, steps):
     """The checkpoint holds the final weights; resuming must not train any further."""
     changes = ("training.num_train_epochs=3", f"training.max_steps={steps}",

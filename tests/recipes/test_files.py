@@ -178,7 +178,8 @@ def test_every_mistake_is_reported_at_once_with_its_line(tmp_path):
         "line 8: terms.1.wieght: unknown key; did you mean 'terms.1.weight'?",
         "line 9: terms.2.on: missing",
         "line 11: training.learning_rate: -1 given; must be greater than 0",
-        "line 12: training.fp16: the pipeline sets this itself; set `model.dtype`, or `training.bf16`",
+        "line 12: training.fp16: the pipeline sets this itself; "
+        "set `model.dtype` or `training.bf16`",
         "line 13: training.gradient_checkpointing: 'yes' given; must be true or false",
         "line 14: evals: nothing given; must be a group of keys",
         "line 15: learning_rate: unknown key; did you mean 'training.learning_rate'?",
