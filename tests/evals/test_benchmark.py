@@ -231,9 +231,10 @@ def evaluate_tofu(shared: Path, name: str, rows: int) -> Result:
 def check_parity(shared: Path, name: str, rows: int) -> None:
     """Compare with open-unlearning's own evaluation of the same model, row by row.
 
-    It ran before the weights were rounded to fp16: float64 inference on the shipped weights agrees
-    with ours to 1e-6 and differs from its losses by 2e-5 too. Its extraction strength gives 1/n to
-    a row whose last prediction is wrong, where the exact definition gives 0.
+    The 2e-5 between the losses is not our arithmetic: float64 inference on the shipped fp16 weights
+    is as far from open-unlearning's. It probably ran before the weights were rounded to fp16, which
+    was not proven. Its extraction strength gives 1/n to a row whose last prediction is wrong, where
+    the exact definition gives 0.
     """
     with gzip.open(shared / "parity" / f"tofu_eval_ou_{name}.json.gz") as file:
         theirs = json.load(file)
