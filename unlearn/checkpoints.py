@@ -40,6 +40,12 @@ def newest(folder: Path) -> Path | None:
     return next((path for path in _by_step(folder) if is_complete(path)), None)
 
 
+def damaged(folder: Path) -> list[str]:
+    """Name the checkpoints that are newer than the newest complete one and are passed over."""
+    last, names = newest(folder), [path.name for path in _by_step(folder)]
+    return names[: names.index(last.name)] if last else names
+
+
 def prune(folder: Path, keep: int | None) -> None:
     """Delete all but the newest ``keep`` checkpoints, and what interrupted saves left behind."""
     for leftover in folder.glob(".checkpoint-*"):

@@ -100,13 +100,16 @@ def check_hyper(name: str, hyper: Mapping[str, Any]) -> list[str]:
     return mistakes
 
 
-def batch_loss(name: str, policy: Scores, reference: Scores | None = None, **hyper: Any) -> Tensor:
+def batch_loss(
+    name: str, policy: Scores, reference: Scores | None = None, *, note: str = "", **hyper: Any
+) -> Tensor:
     """Give the batch mean of an objective, as published: the sum over units over their number.
 
     Args:
         name: an objective's name, for instance ``npo``.
         policy: scores of the model being changed.
         reference: scores of the frozen start, for objectives that need it.
+        note: a remark, not used: recorded hyperparameters may carry one.
         **hyper: hyperparameters of the objective.
 
     Raises:
