@@ -43,7 +43,7 @@ def train(
     if every and on_step:
         trainer.add_callback(monitors.EverySteps(every, lambda step: on_step(trainer.model, step)))
     last = checkpoints.newest(folder)
-    for name in checkpoints.damaged(folder):
+    for name in checkpoints.passed_over(folder, last):
         emit({"event": "warning", "message": f"{name} is damaged or incomplete: passed over"})
     emit({"event": "stage", "stage": "train", "resumed_from": last and last.name})
     _train_from(trainer, last, prepared.steps)

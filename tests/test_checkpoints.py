@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from unlearn.checkpoints import SEAL, damaged, is_complete, newest, prune, sealed
+from unlearn.checkpoints import SEAL, is_complete, newest, passed_over, prune, sealed
 
 
 def make(folder: Path, step: int, content: bytes = b"weights" * 100) -> Path:
@@ -75,10 +75,14 @@ def test_newer_checkpoints_that_are_passed_over_are_named(tmp_path: Path) -> Non
     first = make(tmp_path, 1)
     for step in (2, 3):
         flip(make(tmp_path, step))
-    assert damaged(tmp_path) == ["checkpoint-3", "checkpoint-2"]
+    assert passed_over(tmp_path, newest(tmp_path)) == ["checkpoint-3", "checkpoint-2"]
     flip(first)
-    assert damaged(tmp_path) == ["checkpoint-3", "checkpoint-2", "checkpoint-1"]
-    assert damaged(tmp_path / "absent") == []
+    assert passed_over(tmp_path, newest(tmp_path)) == [
+        "checkpoint-3",
+        "checkpoint-2",
+        "checkpoint-1",
+    ]
+    assert passed_over(tmp_path / "absent", newest(tmp_path / "absent")) == []
 
 
 def test_newest_is_by_number_and_ignores_other_names(tmp_path: Path) -> None:

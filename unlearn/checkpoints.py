@@ -40,9 +40,9 @@ def newest(folder: Path) -> Path | None:
     return next((path for path in _by_step(folder) if is_complete(path)), None)
 
 
-def damaged(folder: Path) -> list[str]:
-    """Name the checkpoints that are newer than the newest complete one and are passed over."""
-    last, names = newest(folder), [path.name for path in _by_step(folder)]
+def passed_over(folder: Path, last: Path | None) -> list[str]:
+    """Name the checkpoints newer than ``last``, the one :func:`newest` gave: they are damaged."""
+    names = [path.name for path in _by_step(folder)]
     return names[: names.index(last.name)] if last else names
 
 
