@@ -18,7 +18,7 @@ from transformers import set_seed
 
 from unlearn import models, monitors
 from unlearn.errors import UserError
-from unlearn.evals.benchmark import ForgetRetain, Split
+from unlearn.evals.forget_retain import ForgetRetain, Split
 from unlearn.evals.report import write_report
 from unlearn.recipes.files import dump
 from unlearn.recipes.inputs import absolute

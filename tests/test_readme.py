@@ -14,7 +14,7 @@ import typer
 from unlearn.cli import detect, entry, main
 from unlearn.cli.data import columns_of
 from unlearn.data.people import demo_folder
-from unlearn.evals.benchmark import MEASURES
+from unlearn.evals.forget_retain import MEASURES
 from unlearn.objectives import OBJECTIVES, Objective, batch_loss, sequence
 from unlearn.recipes import files
 from unlearn.recipes.mistakes import find_mistakes

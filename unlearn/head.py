@@ -6,6 +6,7 @@ to its logits after the head (soft-capping, scaling) is read from its configurat
 :func:`agrees_with_model` compares the result with the model's own logits before it is trusted.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,10 +27,16 @@ def upcast(logits: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class TokenReadings:
-    """Log-probabilities (nats) at some positions, and whether the label is the likeliest token."""
+    """Log-probabilities (nats) at some positions and, if asked for, more about each of them.
+
+    ``correct``: the label is the likeliest token. ``mean`` and ``variance``: of the log-probability
+    of a token drawn from the model's own distribution (minus its entropy, and its spread).
+    """
 
     log_probs: Float[Tensor, " position"]
-    correct: Bool[Tensor, " position"] | None
+    correct: Bool[Tensor, " position"] | None = None
+    mean: Float[Tensor, " position"] | None = None
+    variance: Float[Tensor, " position"] | None = None
 
 
 @dataclass(frozen=True)
@@ -75,25 +82,49 @@ class VocabularyHead:
         hidden: Float[Tensor, "position width"],
         targets: Int[Tensor, " position"],
         *,
-        correct: bool = False,
+        want: Collection[str] = (),
     ) -> TokenReadings:
-        """Give the log-probability (nats) of one target token per position, chunk by chunk."""
+        """Read one target token per position, chunk by chunk.
+
+        ``want`` may name ``correct`` and ``statistics`` (mean and variance; without gradient).
+        """
         rows = max(1, self.chunk_bytes // (4 * self.vocabulary))
         chunks = list(zip(hidden.split(rows), targets.split(rows), strict=True))
         recompute = len(chunks) > 1 and torch.is_grad_enabled()
-        pairs = [
-            checkpoint(self._chunk, *chunk, correct, use_reentrant=False)
+        parts = [
+            checkpoint(self._chunk, *chunk, want, use_reentrant=False)
             if recompute
-            else self._chunk(*chunk, correct)
+            else self._chunk(*chunk, want)
             for chunk in chunks
         ]
-        log_probs, hits = (torch.cat(parts) for parts in zip(*pairs, strict=True))
-        return TokenReadings(log_probs, hits if correct else None)
+        return TokenReadings(
+            **{name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        )
 
-    def _chunk(self, hidden: Tensor, targets: Tensor, correct: bool) -> tuple[Tensor, Tensor]:
+    def _chunk(self, hidden: Tensor, targets: Tensor, want: Collection[str]) -> dict[str, Tensor]:
         logits = self.logits(hidden)
-        log_probs = -cross_entropy(logits, targets, reduction="none")
-        return log_probs, logits.argmax(-1) == targets if correct else targets.bool()
+        found = {"log_probs": -cross_entropy(logits, targets, reduction="none")}
+        if "correct" in want:
+            found["correct"] = logits.argmax(-1) == targets
+        if "statistics" in want:
+            found["mean"], found["variance"] = vocabulary_statistics(logits.detach())
+        return found
+
+
+def vocabulary_statistics(
+    logits: Float[Tensor, "*positions vocab"],
+) -> tuple[Float[Tensor, "*positions"], Float[Tensor, "*positions"]]:
+    """Give mean and variance, under the model's own distribution, of a token's log-probability.
+
+    ``mean = sum_v p_v log p_v`` (nats), ``variance = sum_v p_v (log p_v - mean)^2`` (nats squared);
+    tokens of probability 0 count nothing.
+    """
+    log_probs = logits.log_softmax(-1)
+    probs = log_probs.exp()
+    log_probs = log_probs.masked_fill(probs == 0, 0.0)
+    mean = (probs * log_probs).sum(-1)
+    variance = (probs * (log_probs - mean[..., None]).square()).sum(-1)
+    return mean, variance
 
 
 def plain(model: Any) -> Any:

@@ -15,7 +15,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import pad
 
-from unlearn.head import VocabularyHead, agrees_with_model, plain, upcast
+from unlearn.head import (
+    VocabularyHead,
+    agrees_with_model,
+    plain,
+    upcast,
+    vocabulary_statistics,
+)
 from unlearn.packing import Packing, is_packable, packed_forward
 
 IGNORE = -100
@@ -33,8 +39,10 @@ class Scores:
     """Log-probability of every labelled token, laid out by predicting position.
 
     ``log_probs[i, t]`` is log p(token t+1 | tokens 0..t) in nats, in fp32 (fp64 for fp64 models),
-    and 0 where ``mask`` is false. ``attended`` marks real (not padding) positions. ``logits`` and
-    ``correct`` (the label is the most likely token) are there only when asked for.
+    and 0 where ``mask`` is false. ``attended`` marks real (not padding) positions. The rest is
+    there only when asked for: ``logits``; ``correct`` (the label is the most likely token); ``mean`` and
+    ``variance`` of the log-probability of a token drawn from the model itself (``statistics``,
+    without gradient, 0 where not labelled).
     """
 
     log_probs: Float[Tensor, "batch seq"]
@@ -42,6 +50,8 @@ class Scores:
     attended: Bool[Tensor, "batch seq"]
     logits: Float[Tensor, "batch seq vocab"] | None = None
     correct: Bool[Tensor, "batch seq"] | None = None
+    mean: Float[Tensor, "batch seq"] | None = None
+    variance: Float[Tensor, "batch seq"] | None = None
 
     @classmethod
     def from_logits(
@@ -49,6 +59,8 @@ class Scores:
         logits: Float[Tensor, "batch seq vocab"],
         labels: Int[Tensor, "batch seq"],
         attention_mask: Tensor | None = None,
+        *,
+        statistics: bool = False,
     ) -> "Scores":
         """Build scores from full logits and unshifted labels (-100 = not labelled)."""
         logits = upcast(logits)
@@ -58,7 +70,15 @@ class Scores:
         log_probs = pad(chosen, (0, 1)).masked_fill(~mask, 0.0)
         hits = pad(logits[:, :-1].argmax(-1) == targets, (0, 1)) & mask
         attended = torch.ones_like(mask) if attention_mask is None else attention_mask.bool()
-        return cls(log_probs, mask, attended, logits, hits)
+        scores = cls(log_probs, mask, attended, logits, hits)
+        if not statistics:
+            return scores
+        mean, variance = vocabulary_statistics(logits.detach())
+        return replace(
+            scores,
+            mean=mean.masked_fill(~mask, 0.0),
+            variance=variance.masked_fill(~mask, 0.0),
+        )
 
     @classmethod
     def from_log_probs(
@@ -111,7 +131,7 @@ class Scorer:
     def __call__(
         self, model: Any, batch: Mapping[str, Tensor], *, want: Collection[str] = ()
     ) -> Scores:
-        """Score one right-padded batch; ``want`` may name ``logits`` and ``correct``."""
+        """Score one right-padded batch; ``want``: ``logits``, ``correct``, ``statistics``."""
         return self.streams(model, {"": batch}, want={"": want})[""]
 
     def streams(
@@ -138,16 +158,16 @@ class Scorer:
         labels, attention = batch["labels"], batch["attention_mask"]
         if self.head is None or "logits" in want:
             logits = part if self.head is None else self.head.logits(part)
-            full = Scores.from_logits(logits, labels, attention)
+            full = Scores.from_logits(logits, labels, attention, statistics="statistics" in want)
             return full if "logits" in want else replace(full, logits=None)
         mask = label_mask(labels)
-        readings = self.head.read(part[mask], labels.roll(-1, 1)[mask], correct="correct" in want)
-        log_probs = readings.log_probs.new_zeros(mask.shape).masked_scatter(
-            mask, readings.log_probs
-        )
-        correct = readings.correct
-        hits = None if correct is None else torch.zeros_like(mask).masked_scatter(mask, correct)
-        return Scores(log_probs, mask, attention.bool(), None, hits)
+        readings = self.head.read(part[mask], labels.roll(-1, 1)[mask], want=want)
+        found = {
+            name: torch.zeros_like(mask, dtype=values.dtype).masked_scatter(mask, values)
+            for name, values in vars(readings).items()
+            if values is not None
+        }
+        return Scores(mask=mask, attended=attention.bool(), **found)
 
 
 def _join(tensors: list[Tensor], fill: int) -> tuple[Tensor, list[int]]:

@@ -9,7 +9,8 @@ import torch
 
 from unlearn.data.encode import Example, encode
 from unlearn.data.templates import Template
-from unlearn.evals.benchmark import ForgetRetain, Metric, Result, Split
+from unlearn.evals.benchmark import Metric, Result
+from unlearn.evals.forget_retain import ForgetRetain, Split
 from unlearn.evals.generate import generate
 from unlearn.evals.metrics import rouge_l_recall
 from unlearn.evals.side_by_side import side_by_side
@@ -49,7 +50,10 @@ def test_mean_and_standard_error_by_hand() -> None:
 def test_a_row_that_is_not_a_number_is_not_averaged_away() -> None:
     metric = Metric.mean([0.5, math.nan], "lower")
     assert math.isnan(metric.value)
-    expected = {"value": None, "standard_error": None, "n": 2, "direction": "lower"}
+    expected = {"value": None, "standard_error": None, "low": None, "high": None} | {
+        "n": 2,
+        "direction": "lower",
+    }
     assert metric.to_dict() == expected
 
 
