@@ -1,7 +1,7 @@
 """Benchmarks: a model becomes numbers with a direction, an interval and per-row records."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -62,6 +62,30 @@ class Result:
         """Give the bare numbers, null where there is none."""
         return {name: _finite(metric.value) for name, metric in self.metrics.items()}
 
+    @classmethod
+    def joined(cls, results: Sequence["Result"]) -> "Result":
+        """Put the results of several benchmarks on one model together; settings stay apart."""
+        if len(results) == 1:
+            return results[0]
+        return cls(
+            "+".join(result.benchmark for result in results),
+            "+".join(result.version for result in results),
+            {name: metric for result in results for name, metric in result.metrics.items()},
+            [record for result in results for record in result.records],
+            {result.benchmark: result.settings for result in results},
+        )
+
+    @classmethod
+    def from_dict(cls, stored: Mapping[str, Any]) -> "Result":
+        """Read back what :meth:`to_dict` gave; null becomes NaN."""
+        metrics = {
+            name: Metric(**{**metric, "value": _nan(metric["value"])})
+            for name, metric in stored["metrics"].items()
+        }
+        return cls(
+            stored["benchmark"], stored["version"], metrics, stored["records"], stored["settings"]
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """Give everything as JSON knows it."""
         return {
@@ -85,6 +109,10 @@ class Benchmark(Protocol):
         ...
 
     def run(self, model: Any, tokenizer: Any, *, progress: Progress = ...) -> Result: ...
+
+
+def _nan(value: float | None) -> float:
+    return math.nan if value is None else value
 
 
 def _finite(value: Any) -> Any:

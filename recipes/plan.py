@@ -20,7 +20,7 @@ from unlearn.monitors import peak_memory_bytes
 from unlearn.objectives import OBJECTIVES
 from unlearn.packing import can_pack, packable
 from unlearn.recipes.prepare import Prepared
-from unlearn.recipes.train import lora_of, make_trainer, needs_live
+from unlearn.recipes.train import choose_trained, lora_of, make_trainer, needs_live
 
 OPTIMIZER_STATES = {"sgd": 0, "adafactor": 0, "adamw": 2, "lion": 1, "rmsprop": 1}
 
@@ -74,6 +74,7 @@ def meta_model(prepared: Prepared) -> Any:
             dtype=models.resolve_dtype(source.dtype),
             trust_remote_code=source.trust_remote_code,
         )
+        choose_trained(prepared, model)
         lora = lora_of(prepared)
         return models.add_lora(model, lora) if lora else model
 
@@ -141,14 +142,14 @@ def _memory(prepared: Prepared, model: Any, total: int, trainable: int) -> list[
         ),
         ("activations", *_activations(prepared, model, width)),
         ("head", *_head(prepared, model)),
-        ("reference", total * width if copied else 0, _reference_reason(prepared, copied)),
+        ("reference", trainable * width if copied else 0, _reference_reason(prepared, copied)),
     ]
     return [{"part": part, "bytes": round(size), "why": why} for part, size, why in parts]
 
 
 def _reference_reason(prepared: Prepared, copied: bool) -> str:
     if copied:
-        return "a frozen copy, for whole distributions"
+        return "a frozen copy of what is trained"
     if any(term.objective.uses_reference for term in prepared.terms):
         return (
             "adapters switched off" if needs_live(prepared) else "cached on disk, no second model"
@@ -182,7 +183,7 @@ def _activations(prepared: Prepared, model: Any, width: int) -> tuple[float, str
 def _head(prepared: Prepared, model: Any) -> tuple[float, str]:
     rows, longest = _longest(prepared)
     vocabulary = model.config.get_text_config().vocab_size
-    if any(OBJECTIVES[term.objective.name].reads_logits for term in prepared.terms):
+    if any(OBJECTIVES[term.objective.name].reads == "logits" for term in prepared.terms):
         return (
             4.0 * rows * longest * vocabulary * 3,
             "full logits: a term reads whole distributions",

@@ -4,6 +4,7 @@ YAML on disk carries what differs. ``unlearn.recipes.files`` reads, changes, che
 This module must stay importable without torch.
 """
 
+import re
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -180,6 +181,8 @@ class TrainingSection(_Section):
     """Optimiser steps between checkpoints; null saves once per epoch."""
     save_total_limit: int | None = Field(default=2, ge=1)
     """Checkpoints kept; null keeps all."""
+    trainable: Annotated[tuple[str, ...], Field(strict=False, min_length=1)] | None = None
+    """Weights that are trained: regular expressions found in their names; null trains all."""
     reference: Literal["cached", "live"] = "cached"
     """The frozen start: its scores are computed once and stored, or asked anew at every step."""
 
@@ -190,17 +193,72 @@ class TrainingSection(_Section):
             raise PydanticCustomError("passthrough", "{lines}", {"lines": lines})
         return self
 
+    @field_validator("trainable")
+    @classmethod
+    def _regular_expressions(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        for pattern in value or ():
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{pattern!r} is no regular expression: {error}") from error
+        return value
+
     @property
     def extras(self) -> dict[str, Any]:
         """Fields of TrainingArguments given beyond the declared ones."""
         return dict(self.__pydantic_extra__ or {})
 
 
+class TofuSection(_Section):
+    """The TOFU benchmark instead of the plain forget and retain measures."""
+
+    data: str = Field(default="locuslab/TOFU", min_length=1)
+    """Folder or hub name of the TOFU dataset."""
+    split: Literal["forget01", "forget05", "forget10"] = "forget10"
+    """Which authors were to be forgotten."""
+    truth_ratio: Literal["geometric", "arithmetic", "prob_mean"] = "geometric"
+    """How the wrong answers are averaged in the truth ratio."""
+    compat: Literal["none", "ou"] = "none"
+    """`ou` reproduces open-unlearning's numbers, its quirks included."""
+    holdout: str | None = Field(default=None, min_length=1)
+    """Rows never trained on, for membership inference; null: the dataset's own, if it has any."""
+    retain_logs: str | None = Field(default=None, min_length=1)
+    """Stored evaluation of a retain model (TOFU_EVAL.json), in place of `model.retain_model`."""
+    probes: bool = False
+    """Ask in other ways too: paraphrased questions and an answer that is begun for the model."""
+
+
+class HarnessSection(_Section):
+    """Tasks of lm-evaluation-harness, measured before and after."""
+
+    tasks: Annotated[tuple[str, ...], Field(strict=False, min_length=1)]
+    """Names of tasks or groups, for instance [wmdp_bio, mmlu]."""
+    data: str | None = Field(default=None, min_length=1)
+    """Folder with the WMDP and MMLU questions, to work without a network."""
+    limit: int | None = Field(default=None, ge=1)
+    """First questions of every task; null asks all."""
+
+
+class SelectSection(_Section):
+    """Which of the measured steps becomes the model."""
+
+    metric: str = Field(min_length=1)
+    """The metric that must be best, in the direction wanted of it."""
+    constraints: dict[str, float] = Field(default_factory=dict)
+    """Metric -> bound: at most it where less is wanted, at least it where more is wanted."""
+
+
 class EvalsSection(_Section):
-    """How much is measured, and when."""
+    """What is measured, how much of it, and when."""
 
     every: int | None = Field(default=None, ge=1)
     """Optimiser steps between measurements; null measures only before and after."""
+    tofu: TofuSection | None = None
+    """Measure the TOFU benchmark; `{}` takes the defaults."""
+    lm_eval: HarnessSection | None = None
+    """Also measure tasks of lm-evaluation-harness."""
+    select_best: SelectSection | None = None
+    """Keep the best of the measured steps instead of the last; needs `every`."""
     max_rows: int = Field(default=400, ge=1)
     """Rows measured per split: the first ones."""
     generate: bool = True
@@ -209,6 +267,18 @@ class EvalsSection(_Section):
     """Longest written answer, in tokens."""
     batch_tokens: int = Field(default=8192, ge=1)
     """Padded tokens per forward pass while measuring; lower it when memory runs out."""
+
+    @field_validator("select_best")
+    @classmethod
+    def _selection_needs_measurements(
+        cls, value: SelectSection | None, info: ValidationInfo
+    ) -> SelectSection | None:
+        if value and info.data.get("every", "invalid") is None:
+            raise ValueError(
+                "given without every; the best is chosen among measured steps: "
+                "add `every: STEPS`, or leave select_best out"
+            )
+        return value
 
 
 def _forgets(terms: tuple[Term, ...]) -> tuple[Term, ...]:
@@ -238,6 +308,16 @@ class Recipe(_Section):
     """Seed of everything random: pairing, order, dropout."""
     out: str | None = Field(default=None, min_length=1)
     """New folder for the run. Required to run."""
+
+    @model_validator(mode="after")
+    def _adapters_or_chosen_weights(self) -> Self:
+        if self.training.trainable and self.model.lora:
+            message = (
+                "training.trainable: given with model.lora, which trains adapters alone; "
+                "choose layers with model.lora.targets, or leave one of the two out"
+            )
+            raise PydanticCustomError("trainable", "{why}", {"why": message})
+        return self
 
     def missing(self) -> list[str]:
         """List what a run still needs, one line each, with the flag that gives it."""

@@ -10,6 +10,7 @@ import torch
 from transformers import PrinterCallback, TrainerState, TrainingArguments
 
 from unlearn import checkpoints, models, monitors, reference
+from unlearn.activations import check_layer
 from unlearn.data.collate import Collator, StreamDataset
 from unlearn.errors import Interrupted
 from unlearn.packing import can_pack, packable
@@ -73,6 +74,7 @@ def make_trainer(
 ) -> UnlearningTrainer:
     """Build the trainer: adapters, scorer with its self-check, reference, data and callbacks."""
     recipe = prepared.recipe
+    choose_trained(prepared, model)
     scorer = Scorer.for_model(model)
     stored = _stored_reference(prepared, model, scorer, weights_hash, emit)
     if lora := lora_of(prepared):
@@ -103,7 +105,7 @@ def _stored_streams(prepared: Prepared) -> set[str]:
     if prepared.recipe.training.reference == "live":
         return set()
     asking = [term for term in prepared.terms if term.objective.uses_reference]
-    live = {term.on for term in asking if term.objective.reads_logits}
+    live = {term.on for term in asking if term.objective.reads != "scores"}
     return {term.on for term in asking} - live
 
 
@@ -114,6 +116,16 @@ def lora_of(prepared: Prepared) -> models.Lora | None:
         return None
     targets = section.targets if isinstance(section.targets, str) else tuple(section.targets)
     return models.Lora(section.rank, section.alpha, section.dropout, targets)
+
+
+def choose_trained(prepared: Prepared, model: Any) -> None:
+    """Freeze what the recipe does not train, and check the layers that its terms read."""
+    if patterns := prepared.recipe.training.trainable:
+        models.train_only(model, patterns)
+    for term in prepared.terms:
+        _, layer = term.reads
+        if layer is not None:
+            check_layer(model, layer)
 
 
 def needs_live(prepared: Prepared) -> bool:
@@ -155,6 +167,7 @@ def training_arguments(prepared: Prepared, folder: Path) -> TrainingArguments:
             "save_steps",
             "save_total_limit",
             "reference",
+            "trainable",
             "gradient_checkpointing",
         }
     )

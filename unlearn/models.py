@@ -2,8 +2,9 @@
 
 import hashlib
 import json
+import re
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -198,6 +199,23 @@ def add_lora(model: Any, lora: Lora) -> Any:
         if "not found in the base model" not in str(error):
             raise
         raise _not_in_model(model, [str(targets)]) from error
+
+
+def train_only(model: Any, patterns: Sequence[str]) -> None:
+    """Freeze every weight in whose name none of the regular expressions is found.
+
+    Raises:
+        UserError: an expression is found in no name.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    for pattern in patterns:
+        if not any(re.search(pattern, name) for name in names):
+            last = names[-3:]
+            raise UserError(
+                f"trainable '{pattern}' is found in no weight's name", f"such as {', '.join(last)}"
+            )
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(any(re.search(pattern, name) for pattern in patterns))
 
 
 def _has_module(model: Any, target: str) -> bool:

@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from unlearn.activations import Activations, read_layer
 from unlearn.data.collate import batches_by_length, pad
 from unlearn.data.encode import Example
 from unlearn.runs import write_atomic
@@ -103,10 +104,11 @@ class LiveReference:
 
     @classmethod
     def of(cls, model: Any) -> "LiveReference":
-        """Use the adapters' off switch where there is one, otherwise copy the model."""
+        """Use the adapters' off switch where there is one, otherwise copy what is trained."""
         if hasattr(model, "disable_adapter"):
             return cls(Scorer.for_model(model, check=False), None)
-        frozen = copy.deepcopy(model).eval().requires_grad_(False)
+        shared = {id(p): p for p in model.parameters() if not p.requires_grad}
+        frozen = copy.deepcopy(model, shared).eval().requires_grad_(False)
         return cls(Scorer.for_model(frozen, check=False), frozen)
 
     @torch.no_grad()
@@ -115,12 +117,18 @@ class LiveReference:
         policy: Any,
         batches: Mapping[str, Mapping[str, Tensor]],
         want: Mapping[str, Collection[str]],
-    ) -> dict[str, Scores]:
-        """Score these streams under the frozen weights; ``policy`` is the model being trained."""
-        if self.model is not None:
-            return self.scorer.streams(self.model, batches, want=want)
-        with _adapters_off(policy):
-            return self.scorer.streams(policy, batches, want=want)
+        *,
+        layer: int | None = None,
+    ) -> Mapping[str, Scores | Activations]:
+        """Read these streams under the frozen weights; ``policy`` is the model being trained.
+
+        Scores, or with ``layer`` what leaves that layer.
+        """
+        with contextlib.nullcontext() if self.model is not None else _adapters_off(policy):
+            model = self.model or policy
+            if layer is not None:
+                return read_layer(model, batches, layer)
+            return self.scorer.streams(model, batches, want=want)
 
 
 @contextlib.contextmanager

@@ -40,8 +40,8 @@ class Scores:
 
     ``log_probs[i, t]`` is log p(token t+1 | tokens 0..t) in nats, in fp32 (fp64 for fp64 models),
     and 0 where ``mask`` is false. ``attended`` marks real (not padding) positions. The rest is
-    there only when asked for: ``logits``; ``correct`` (the label is the most likely token); ``mean`` and
-    ``variance`` of the log-probability of a token drawn from the model itself (``statistics``,
+    there only when asked for: ``logits``; ``correct`` (the label is the likeliest token); ``mean``
+    and ``variance`` of the log-probability of a token drawn from the model itself (``statistics``,
     without gradient, 0 where not labelled).
     """
 
@@ -178,8 +178,8 @@ def _join(tensors: list[Tensor], fill: int) -> tuple[Tensor, list[int]]:
     return torch.cat(padded), widths
 
 
-def _body(model: Any, input_ids: Tensor, attended: Tensor) -> Tensor:
-    """Give the last hidden states [batch, seq, width] of the (possibly wrapped) model.
+def _body(model: Any, input_ids: Tensor, attended: Tensor, module: Any = None) -> Tensor:
+    """Give the hidden states [batch, seq, width] that leave a module, else the whole body.
 
     The wrapped model itself is called, so that engines see the forward pass they hook into. With
     right padding and causal attention no attention mask is needed: padding comes after every real
@@ -189,9 +189,11 @@ def _body(model: Any, input_ids: Tensor, attended: Tensor) -> Tensor:
     captured: list[Tensor] = []
 
     def keep(_module: Any, _inputs: Any, output: Any) -> None:
-        captured.append(output[0] if isinstance(output, tuple) else output.last_hidden_state)
+        if isinstance(output, tuple):
+            output = output[0]
+        captured.append(output if isinstance(output, Tensor) else output.last_hidden_state)
 
-    handle = plain(model).get_decoder().register_forward_hook(keep)
+    handle = (module or plain(model).get_decoder()).register_forward_hook(keep)
     try:
         if is_packable(plain(model)) and not attended.all():
             packing = Packing.of(attended)

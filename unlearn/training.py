@@ -17,13 +17,15 @@ from torch import Tensor
 from transformers import Trainer
 
 from unlearn import checkpoints
+from unlearn.activations import read_layer
 from unlearn.data.collate import EpochSampler
 from unlearn.monitors import require_finite_gradients
-from unlearn.objectives import Objective
+from unlearn.objectives import Objective, Said
 from unlearn.reference import LiveReference
 from unlearn.scores import Scorer, Scores
 
 Batch = Mapping[str, Tensor]
+Reads = tuple[str, int | None]
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,13 @@ class Term:
     on: str
     weight: float = 1.0
     hyper: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def reads(self) -> Reads:
+        """The stream it reads, and the layer when it reads hidden states."""
+        if self.objective.reads != "hidden":
+            return self.on, None
+        return self.on, {**self.objective.hyper, **self.hyper}["layer"]
 
     @property
     def label(self) -> str:
@@ -70,7 +79,7 @@ class UnlearningTrainer(Trainer):
         self._staging: Path | None = None
         self._want: dict[str, set[str]] = defaultdict(set)
         for term in self.terms:
-            if term.objective.reads_logits:
+            if term.objective.reads == "logits":
                 self._want[term.on].add("logits")
 
     # Data order
@@ -106,16 +115,17 @@ class UnlearningTrainer(Trainer):
         """Give this micro-batch's share of the step's loss."""
         counts = num_items_in_batch
         with self.accelerator.autocast():
-            policy = self.scorer.streams(model, inputs, want=self._want)
+            policy = self._policy(model, inputs)
             reference = self._reference(model, inputs)
             parts = []
             for term in self.terms:
-                values = term.objective(policy[term.on], reference.get(term.on), **term.hyper)
-                part = values.sum() / counts[term.label]
+                said = policy[term.reads], reference.get(term.reads)
+                part = term.objective(*said, **term.hyper).sum() / counts[term.label]
                 self._read(term.label, part)
                 parts.append(term.weight * part)
-        for stream, scores in policy.items():
-            self._read(f"{stream}/nll", -scores.log_probs.sum() / counts[stream])
+        for (stream, _), scores in policy.items():
+            if isinstance(scores, Scores):
+                self._read(f"{stream}/nll", -scores.log_probs.sum() / counts[stream])
         # Engines average gradients over ranks, the counts are global: undo the average.
         return torch.stack(parts).sum() * self.accelerator.num_processes
 
@@ -126,18 +136,34 @@ class UnlearningTrainer(Trainer):
             require_finite_gradients(model)
         return loss
 
-    def _reference(self, model: Any, inputs: Mapping[str, Batch]) -> dict[str, Scores]:
-        found: dict[str, Scores] = {}
-        asked: dict[str, Batch] = {}
-        for name in {term.on for term in self.terms if term.objective.uses_reference}:
-            batch = inputs[name]
-            if "reference_log_probs" in batch and "logits" not in self._want[name]:
-                found[name] = Scores.from_log_probs(batch["reference_log_probs"], batch)
+    def _policy(self, model: Any, inputs: Mapping[str, Batch]) -> dict[Reads, Said]:
+        """Ask the model once for scores, and once per layer for what leaves it."""
+        reads = {term.reads for term in self.terms}
+        hidden_only = {stream for stream, _ in reads} - {s for s, layer in reads if layer is None}
+        asked = {stream: inputs[stream] for stream in inputs if stream not in hidden_only}
+        scores = self.scorer.streams(model, asked, want=self._want) if asked else {}
+        found: dict[Reads, Said] = {(stream, None): said for stream, said in scores.items()}
+        for layer in sorted({layer for _, layer in reads if layer is not None}):
+            asked = {stream: inputs[stream] for stream in inputs if (stream, layer) in reads}
+            hidden = read_layer(model, asked, layer)
+            found |= {(stream, layer): said for stream, said in hidden.items()}
+        return found
+
+    def _reference(self, model: Any, inputs: Mapping[str, Batch]) -> dict[Reads, Said]:
+        found: dict[Reads, Said] = {}
+        asked: dict[int | None, dict[str, Batch]] = defaultdict(dict)
+        for stream, layer in {term.reads for term in self.terms if term.objective.uses_reference}:
+            batch = inputs[stream]
+            stored = "reference_log_probs" in batch and "logits" not in self._want[stream]
+            if layer is None and stored:
+                scores = Scores.from_log_probs(batch["reference_log_probs"], batch)
+                found[stream, None] = scores
             else:
-                asked[name] = batch
-        if asked:
+                asked[layer][stream] = batch
+        for layer, batches in asked.items():
             assert self.live is not None
-            found |= self.live.streams(model, asked, self._want)
+            said = self.live.streams(model, batches, self._want, layer=layer)
+            found |= {(stream, layer): value for stream, value in said.items()}
         return found
 
     def _read(self, name: str, part: Tensor) -> None:

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from unlearn.activations import Activations
 from unlearn.errors import UserError
 from unlearn.objectives import OBJECTIVES, batch_loss, check_hyper
 from unlearn.scores import Scores
@@ -27,9 +28,17 @@ def random_pair(seed: int, rows: int = 3, width: int = 7) -> tuple[Any, Any, Any
     return logits.requires_grad_(), other, labels
 
 
+def said(name: str, numbers: Any, labels: Any, attention: Any = None) -> Any:
+    """What a model says, made of random numbers: its logits, or its hidden states."""
+    if OBJECTIVES[name].reads != "hidden":
+        return Scores.from_logits(numbers, labels, attention)
+    attention = torch.ones_like(labels) if attention is None else attention
+    return Activations.of(numbers, {"labels": labels, "attention_mask": attention})
+
+
 def value(name: str, logits: Any, other: Any, labels: Any, **hyper: Any) -> Any:
-    reference = Scores.from_logits(other, labels) if name in NEEDS_REFERENCE else None
-    return batch_loss(name, Scores.from_logits(logits, labels), reference, **hyper)
+    reference = said(name, other, labels) if name in NEEDS_REFERENCE else None
+    return batch_loss(name, said(name, logits, labels), reference, **hyper)
 
 
 def test_nll_of_uniform_logits_is_log_vocabulary() -> None:
@@ -83,6 +92,29 @@ def test_kl_leaves_padding_out_and_the_published_form_does_not() -> None:
     assert not torch.isclose(batch_loss("kl_all_positions", policy, reference), short)
 
 
+def test_rmu_by_hand() -> None:
+    """At hidden states 0 the squared distance to a vector of length 6 is 36: mean 36/11 over 11."""
+    labels = torch.tensor([[-100, 1, 2]])
+    zeros = torch.zeros(1, 3, 11, dtype=torch.float64)
+    assert value("rmu", zeros, zeros, labels, steering=6.0).item() == pytest.approx(36 / 11)
+    ones = torch.ones(1, 3, 11)
+    assert value("embed_diff", ones * 3, ones, labels).item() == 4.0
+
+
+def test_the_control_vector_is_positive_and_depends_on_its_seed_alone() -> None:
+    """The gradient at states 0 is -2/11 times the vector for the one labelled token."""
+    labels = torch.tensor([[-100, 1]])
+    vectors = []
+    for seed in (0, 0, 1):
+        zeros = torch.zeros(1, 2, 11, dtype=torch.float64, requires_grad=True)
+        value("rmu", zeros, zeros, labels, control_seed=seed, steering=1.0).backward()
+        vectors.append(-zeros.grad[0, 1] * 11 / 2)
+    assert (vectors[0] > 0).all()
+    assert vectors[0].norm().item() == pytest.approx(1.0)
+    assert torch.equal(vectors[0], vectors[1])
+    assert not torch.equal(vectors[0], vectors[2])
+
+
 def test_parity_with_open_unlearning(shared: Path) -> None:
     """Losses and gradients equal open-unlearning's own functions to 1e-9 in float64."""
     records = json.loads((shared / "parity" / "objectives.json").read_text())["records"]
@@ -108,7 +140,7 @@ def test_parity_with_open_unlearning(shared: Path) -> None:
 def test_one_finite_value_per_unit(name: str) -> None:
     logits, other, labels = random_pair(4)
     objective = OBJECTIVES[name]
-    policy, reference = Scores.from_logits(logits, labels), Scores.from_logits(other, labels)
+    policy, reference = said(name, logits, labels), said(name, other, labels)
     values = objective(policy, reference)
     assert values.shape == ((3,) if objective.unit == "sequence" else (3, 7))
     assert values.isfinite().all()
@@ -122,7 +154,7 @@ def test_one_finite_value_per_unit(name: str) -> None:
 def test_unlabelled_positions_get_exactly_zero_gradient(name: str) -> None:
     logits, other, labels = random_pair(5)
     value(name, logits, other, labels).backward()
-    mask = Scores.from_logits(logits, labels).mask
+    mask = said(name, logits, labels).mask
     assert (logits.grad[~mask] == 0).all()
     assert (logits.grad[mask] != 0).any()
 
@@ -136,8 +168,8 @@ def test_units_add_up_over_any_split_of_the_batch(name: str, seed: int, cut: int
     whole = value(name, logits, other, labels)
     objective, total, units = OBJECTIVES[name], 0.0, 0
     for rows in (slice(0, cut), slice(cut, 3)):
-        policy = Scores.from_logits(logits[rows], labels[rows])
-        total += objective(policy, Scores.from_logits(other[rows], labels[rows])).sum()
+        policy = said(name, logits[rows], labels[rows])
+        total += objective(policy, said(name, other[rows], labels[rows])).sum()
         batch = {"labels": labels[rows], "attention_mask": torch.ones_like(labels[rows])}
         units += objective.count(batch)
     torch.testing.assert_close(total / units, whole)
@@ -155,14 +187,16 @@ def test_bfloat16_logits_are_computed_in_float32(name: str) -> None:
 def test_mistakes_are_named() -> None:
     logits, other, labels = random_pair(7)
     with pytest.raises(UserError, match="did you mean 'npo'"):
-        value("npoo", logits, other, labels)
+        batch_loss("npoo", Scores.from_logits(logits, labels))
     with pytest.raises(UserError, match="did you mean 'beta'"):
         value("npo", logits, other, labels, betta=0.1)
-    with pytest.raises(UserError, match="needs the scores of a reference"):
+    with pytest.raises(UserError, match="needs a reference model"):
         batch_loss("npo", Scores.from_logits(logits, labels))
     without = Scores.from_logits(logits, labels).detach()
     with pytest.raises(UserError, match="needs scores with logits"):
         batch_loss("kl", without, without)
+    with pytest.raises(UserError, match="rmu reads Activations, not Scores"):
+        batch_loss("rmu", without)
     assert check_hyper("npo", {"beta": 0.0}) == [
         "beta of npo is 0.0: Input should be greater than 0"
     ]

@@ -63,9 +63,11 @@ def test_methods_and_presets_are_the_files_in_the_folder():
 
 
 @pytest.mark.parametrize("method", files.method_names())
-def test_a_methods_file_carries_nothing_but_its_terms(method):
+def test_a_methods_file_carries_its_terms_and_which_weights_they_train(method):
     tree = files.read(files.find(method))
+    training = tree.pop("training", {})
     assert set(tree) == {"method", "description", "source", "terms"}
+    assert set(training) <= {"trainable"}
     assert tree["method"] == method
 
 
@@ -162,7 +164,7 @@ def test_every_mistake_is_reported_at_once_with_its_line(tmp_path):
     path = write(tmp_path, BAD)
     with pytest.raises(RecipeError) as caught:
         files.load(path, ["foo", "gamma=1", "training.save_steps=0", "model.retain_modl=x"])
-    objectives = "grad_ascent, kl, kl_all_positions"
+    objectives = "embed_diff, grad_ascent, kl, kl_all_positions"
     head, *lines = caught.value.message.splitlines()
     assert head == f"{path}: {len(lines)} mistakes"
     expected = [

@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from unlearn.data.people import demo_folder, write_people
+from unlearn.errors import UserError
 from unlearn.models import load_model, weights_hash
 from unlearn.recipes.files import load
+from unlearn.recipes.plan import plan_run
 from unlearn.recipes.prepare import Prepared, prepare
 from unlearn.recipes.train import make_trainer, needs_live, training_arguments
 
@@ -97,3 +99,65 @@ def test_stream_hash_follows_the_tokens(prepared: Any) -> None:
     changed = dataclasses.replace(stream, examples=stream.examples[:-1])
     assert stream.sha256() == prepared().streams["forget"].sha256()
     assert stream.sha256() != changed.sha256()
+
+
+RMU = [
+    "terms.forget.layer=1",
+    "terms.retain.layer=1",
+    "terms.forget.steering=2.0",
+    r"training.trainable=['layers\.(0|1)\.mlp\.down_proj']",
+    "training.warmup_steps=0",
+    "training.max_steps=3",
+    "training.learning_rate=1e-2",
+    "training.max_grad_norm=0",
+]
+
+
+def test_rmu_trains_the_chosen_matrices_and_copies_nothing_else(
+    prepared: Any, tmp_path: Path
+) -> None:
+    made = prepared(*RMU, method="rmu")
+    model = load_model(made.source)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    events: list[dict[str, Any]] = []
+    trainer = make_trainer(made, model, tmp_path, weights_hash="test", emit=events.append)
+    trainer.train()
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == {f"model.layers.{layer}.mlp.down_proj.weight" for layer in (0, 1)}
+    frozen = dict(trainer.live.model.named_parameters())
+    for name, parameter in model.named_parameters():
+        assert (frozen[name] is parameter) == (name not in moved)
+        torch.testing.assert_close(frozen[name], before[name], rtol=0, atol=0)
+    steps = [event for event in events if event["event"] == "step"]
+    assert steps[0]["retain/embed_diff"] < 1e-12  # nothing has moved yet
+    assert steps[-1]["forget/rmu"] < steps[0]["forget/rmu"]
+    assert "forget/nll" not in steps[0]  # the head is never reached
+
+
+def test_rmu_does_not_depend_on_the_accumulation(prepared: Any, tmp_path: Path) -> None:
+    found = []
+    for batch, accumulate in ((8, 1), (2, 4)):
+        made = prepared(
+            *RMU,
+            "training.optim=sgd",
+            "training.learning_rate=1.0",
+            f"training.per_device_train_batch_size={batch}",
+            f"training.gradient_accumulation_steps={accumulate}",
+            method="rmu",
+        )
+        model = load_model(made.source)
+        start = model.model.layers[1].mlp.down_proj.weight.detach().clone()
+        make_trainer(made, model, tmp_path, weights_hash="t", emit=lambda event: None).train()
+        found.append(model.model.layers[1].mlp.down_proj.weight.detach())
+    assert (found[0] - start).abs().max() > 1e-3
+    torch.testing.assert_close(*found, rtol=0, atol=1e-6)
+
+
+def test_a_layer_that_is_not_there_and_adapters_with_chosen_weights_are_refused(
+    prepared: Any, tmp_path: Path
+) -> None:
+    made = prepared(*RMU, "terms.forget.layer=9", method="rmu")
+    with pytest.raises(UserError, match="layer=9 given, but the model has"):
+        plan_run(made)
+    with pytest.raises(UserError, match=r"training\.trainable: given with model\.lora"):
+        prepared(*RMU, method="rmu", lora=True)

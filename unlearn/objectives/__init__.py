@@ -1,24 +1,29 @@
 """The objectives, in one table. An objective never averages: the trainer divides.
 
-To add one: write the function in ``token.py``, ``sequence.py`` or ``distribution.py`` and name it
-in the table below. Its signature says the rest: a ``reference`` parameter asks for the frozen
-starting model, keyword-only parameters are hyperparameters.
+To add one: write the function in ``token.py``, ``sequence.py``, ``distribution.py`` or
+``hidden.py`` and name it in the table below. Its signature says the rest: a ``reference`` parameter
+asks for the frozen starting model, keyword-only parameters are hyperparameters.
 """
 
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
+from unlearn.activations import Activations
 from unlearn.errors import UserError, did_you_mean, unknown
 from unlearn.objectives.distribution import kl, kl_all_positions, kl_labels
+from unlearn.objectives.hidden import embed_diff, rmu
 from unlearn.objectives.sequence import npo
 from unlearn.objectives.token import grad_ascent, nll
 from unlearn.scores import Scores, label_mask
+
+Said = Scores | Activations
+"""What a model says about a batch, in the form that an objective reads."""
 
 UNITS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "token": lambda mask, attended: mask.sum(),
@@ -31,11 +36,15 @@ UNITS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 @dataclass(frozen=True)
 class Objective:
-    """A pure function of scores, and what it needs: read off its signature and its table."""
+    """A pure function of what a model says, and what it needs: its signature and table say it.
+
+    It reads ``scores``, scores with ``logits``, or the ``hidden`` states that leave a layer, whose
+    number is then its hyperparameter ``layer``.
+    """
 
     function: Callable[..., Tensor]
     unit: str
-    reads_logits: bool = False
+    reads: Literal["scores", "logits", "hidden"] = "scores"
 
     @property
     def name(self) -> str:
@@ -53,7 +62,7 @@ class Objective:
         parameters = inspect.signature(self.function).parameters.values()
         return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
 
-    def __call__(self, policy: Scores, reference: Scores | None, **hyper: Any) -> Tensor:
+    def __call__(self, policy: Said, reference: Said | None, **hyper: Any) -> Tensor:
         """Give one loss per unit; positions that do not count are 0."""
         scores = (policy, reference) if self.uses_reference else (policy,)
         return self.function(*scores, **hyper)
@@ -68,9 +77,10 @@ OBJECTIVES: dict[str, Objective] = {
     for objective in (
         *(Objective(function, "token") for function in (nll, grad_ascent)),
         *(Objective(function, "sequence") for function in (npo,)),
-        Objective(kl, "position", reads_logits=True),
-        Objective(kl_labels, "token", reads_logits=True),
-        Objective(kl_all_positions, "padded position", reads_logits=True),
+        Objective(kl, "position", reads="logits"),
+        Objective(kl_labels, "token", reads="logits"),
+        Objective(kl_all_positions, "padded position", reads="logits"),
+        *(Objective(function, "token", reads="hidden") for function in (rmu, embed_diff)),
     )
 }
 
@@ -101,29 +111,37 @@ def check_hyper(name: str, hyper: Mapping[str, Any]) -> list[str]:
 
 
 def batch_loss(
-    name: str, policy: Scores, reference: Scores | None = None, *, note: str = "", **hyper: Any
+    name: str, policy: Said, reference: Said | None = None, *, note: str = "", **hyper: Any
 ) -> Tensor:
     """Give the batch mean of an objective, as published: the sum over units over their number.
 
     Args:
         name: an objective's name, for instance ``npo``.
-        policy: scores of the model being changed.
-        reference: scores of the frozen start, for objectives that need it.
+        policy: scores (or activations) of the model being changed.
+        reference: those of the frozen start, for objectives that need it.
         note: a remark, not used: recorded hyperparameters may carry one.
         **hyper: hyperparameters of the objective.
 
     Raises:
-        UserError: unknown name or hyperparameter, or a missing reference.
+        UserError: unknown name or hyperparameter, a missing reference, or the wrong thing to read.
     """
     objective = find(name)
     mistakes = check_hyper(name, hyper)
     if objective.uses_reference and reference is None:
-        mistakes.append(f"{name} needs the scores of a reference model")
-    if objective.reads_logits and (
-        policy.logits is None or (reference and reference.logits is None)
-    ):
-        mistakes.append(f"{name} needs scores with logits: score(..., want={{'logits'}})")
+        mistakes.append(f"{name} needs a reference model")
+    mistakes += _unreadable(objective, policy, reference)
     if mistakes:
         raise UserError("; ".join(mistakes))
     units = UNITS[objective.unit](policy.mask, policy.attended)
     return objective(policy, reference, **hyper).sum() / units
+
+
+def _unreadable(objective: Objective, *given: Said | None) -> list[str]:
+    """Say what an objective lacks in what it was given."""
+    needed = Activations if objective.reads == "hidden" else Scores
+    for said in (said for said in given if said is not None):
+        if not isinstance(said, needed):
+            return [f"{objective.name} reads {needed.__name__}, not {type(said).__name__}"]
+        if objective.reads == "logits" and said.logits is None:  # type: ignore[union-attr]
+            return [f"{objective.name} needs scores with logits: score(..., want={{'logits'}})"]
+    return []
