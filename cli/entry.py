@@ -77,6 +77,8 @@ def guarded(app: Callable[..., Any]) -> None:
         except BrokenPipeError:  # the reader of our output has gone: nothing is left to say
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             code = FAILED
+        except SystemExit as error:  # typer's own, for a reader of the help that has gone
+            code = error.code if isinstance(error.code, int) else FAILED
         except BaseException as error:
             code = _report(error, json=json, debug=debug)
     raise SystemExit(code or OK)

@@ -5,11 +5,11 @@ from typing import Annotated, Any
 
 import typer
 
-from unlearn.cli import data, recipes
+from unlearn.cli import data, evals, recipes, report
 from unlearn.cli.entry import Json, Offline, go_offline, guarded, naming, say
 from unlearn.cli.progress import Emit, listening
 
-RUNS, BEFORE = "Runs", "Before a run"
+RUNS, BEFORE, AFTER = "Runs", "Before a run", "Evidence"
 GIVEN, HOW = "What is run", "How it is run"
 
 app = typer.Typer(
@@ -22,6 +22,7 @@ app = typer.Typer(
 )
 app.add_typer(data.app, name="data", rich_help_panel=BEFORE)
 app.add_typer(recipes.app, name="recipes", rich_help_panel=BEFORE)
+app.add_typer(evals.app, name="eval", rich_help_panel=AFTER)
 
 Method = Annotated[
     str,
@@ -268,6 +269,11 @@ def _show(results: dict[str, Any], *, json: bool) -> None:
     from unlearn.cli.render import print_results
 
     say(results, json=json, people=print_results)
+
+
+# here and not above, because panels of the help follow the order of the commands
+app.command(rich_help_panel=AFTER)(report.report)
+app.command(rich_help_panel=AFTER)(report.compare)
 
 
 def main() -> None:

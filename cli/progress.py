@@ -51,16 +51,26 @@ def describe(event: dict[str, Any]) -> str:
     return f"{text} {detail}".strip().replace("_", " ")
 
 
+SUMMARY = {"model_utility": "model utility", "forget_quality": "forget quality"}
+"""Words for the figures that are about all sets together."""
+
+
 def in_words(metric: str) -> str:
     """Name a metric in words, without its split."""
     return MEASURES.get(metric.partition("_")[2], metric)
 
 
 def by_split(metrics: dict[str, float | None]) -> dict[str, str]:
-    """Write the metrics of each split in one line."""
+    """Write the main metrics of each split in one line, and those of all together in another."""
     lines: dict[str, list[str]] = {}
     for name, value in metrics.items():
-        lines.setdefault(name.partition("_")[0], []).append(f"{in_words(name)} {number(value)}")
+        split, _, measure = name.partition("_")
+        if name in SUMMARY:
+            lines.setdefault("all", []).append(f"{SUMMARY[name]} {number(value)}")
+        elif measure in MEASURES and split in COLOURS:
+            lines.setdefault(split, []).append(f"{in_words(name)} {number(value)}")
+        elif "/" in name:  # a task of lm-eval
+            lines.setdefault("tasks", []).append(f"{name} {number(value)}")
     return {split: ", ".join(parts) for split, parts in lines.items()}
 
 
@@ -79,7 +89,9 @@ def size(num_bytes: float) -> str:
 
 
 def number(value: float | None) -> str:
-    """Write a metric with three decimals; a dash when there is none."""
+    """Write a metric with three decimals, a tiny one with an exponent; a dash for none."""
+    if value is not None and 0 < abs(value) < 0.0005:
+        return f"{value:.1e}"
     return "–" if value is None else f"{value:.3f}"
 
 

@@ -121,13 +121,8 @@ def schema(
 
 
 def _loss(terms: list[dict[str, Any]]) -> str:
-    """Write terms in short: ``nll + 0.5 kl``."""
-    weights = [term.get("weight", 1.0) for term in terms]
-    names = [
-        term["objective"] if weight == 1 else f"{weight:g} {term['objective']}"
-        for term, weight in zip(terms, weights, strict=True)
-    ]
-    return " + ".join(names) or "–"
+    """Name the terms; their weights are for ``recipes show``."""
+    return " + ".join(term["objective"] for term in terms) or "–"
 
 
 def _check(file: str) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from typing import Any
 
 from rich.markup import escape
 
-from unlearn.cli.progress import COLOURS, clock, in_words, size
+from unlearn.cli.progress import COLOURS, clock, in_words, number, size
 
 PLAIN: dict[str, Any] = {
     "box": None,
@@ -13,6 +13,8 @@ PLAIN: dict[str, Any] = {
     "pad_edge": False,
 }
 """How tables look: no frame, so that they can be copied and fit narrow terminals."""
+MOST_ROWS = 8
+"""A table with more metrics is set out in blocks."""
 
 
 def print_results(results: dict[str, Any]) -> None:
@@ -35,6 +37,12 @@ def _columns(results: dict[str, Any]) -> list[str]:
 
 
 def _metrics(results: dict[str, Any]) -> Any:
+    if len(results["details"]["before"]) > MOST_ROWS:
+        return _blocks(results)
+    return _by_split(results)
+
+
+def _by_split(results: dict[str, Any]) -> Any:
     from rich.table import Table
 
     columns = _columns(results)
@@ -56,6 +64,29 @@ def _metrics(results: dict[str, Any]) -> Any:
     return table
 
 
+def _blocks(results: dict[str, Any]) -> Any:
+    """Set many metrics out in blocks, as the report does."""
+    from rich.table import Table
+
+    from unlearn.evals.table import blocks, columns, table
+
+    rows = table(results)
+    models = columns(rows)
+    drawn = Table(title=f"{results['method']}: before and after", **PLAIN)
+    drawn.add_column("")
+    for title in models.values():
+        drawn.add_column(title.lower(), justify="right", no_wrap=True)
+    drawn.add_column("wanted", style="dim")
+    for title, chosen in blocks(rows).items():
+        drawn.add_row(f"[bold]{title}[/]")
+        for row in chosen:
+            cells = (row.cell(who) for who in models)
+            values = (number(cell.value) if cell else "–" for cell in cells)
+            drawn.add_row(f"  {row.title}", *values, row.direction.replace("none", ""))
+        drawn.add_section()
+    return drawn
+
+
 def _cell(metric: dict[str, Any] | None) -> str:
     if metric is None or metric["value"] is None:
         return "–"
@@ -64,7 +95,8 @@ def _cell(metric: dict[str, Any] | None) -> str:
 
 
 def _chosen(examples: list[dict[str, Any]], per_split: int = 2) -> list[dict[str, Any]]:
-    splits = dict.fromkeys(row["split"] for row in examples)
+    """Choose the first answers to the forget and retain sets; the report has more."""
+    splits = [name for name in COLOURS if any(row["split"] == name for row in examples)]
     return [
         row
         for split in splits

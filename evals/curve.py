@@ -1,47 +1,18 @@
-"""The training curve as SVG: the loss of every term against the optimiser step."""
+"""The training curve: the loss of every term against the optimiser step."""
 
-import io
 import math
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from matplotlib import rc_context
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_svg import FigureCanvasSVG
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-INK, FAINT = "#1c2330", "#8a93a0"
-LINES = ("#0b6e8f", "#b4540a", "#5b4b9a", "#2f7d4f")
-THEME = {
-    INK: "var(--ink)",
-    FAINT: "var(--faint)",
-    **{line: f"var(--line-{n})" for n, line in enumerate(LINES)},
-}
-"""Colours of the drawing -> the page's own, so that it follows light and dark."""
+from unlearn.evals.plots import LINES, Plot, drawing, tidy, to_plot
 
 TITLES = {"forget": "Forget set", "retain": "Retain set"}
-STYLE = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "curve",
-    "font.family": "sans-serif",
-    "font.sans-serif": ["DejaVu Sans"],
-    "font.size": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": FAINT,
-    "axes.labelcolor": INK,
-    "text.color": INK,
-    "xtick.color": FAINT,
-    "ytick.color": FAINT,
-    "xtick.labelcolor": INK,
-    "ytick.labelcolor": INK,
-    "text.parse_math": False,
-}
 
 
-def draw_curve(curve: Sequence[Mapping[str, Any]]) -> str | None:
+def draw_curve(curve: Sequence[Mapping[str, Any]]) -> Plot | None:
     """Draw one panel per stream, its lines labelled at their ends; None when there is no loss.
 
     Columns are named ``stream/objective``; steps without a finite value leave a gap.
@@ -49,9 +20,7 @@ def draw_curve(curve: Sequence[Mapping[str, Any]]) -> str | None:
     streams = _streams(curve)
     if not streams:
         return None
-    with rc_context(STYLE):
-        figure = Figure(figsize=(6.4, 0.5 + 1.9 * len(streams)), layout="constrained")
-        FigureCanvasSVG(figure)
+    with drawing(0.5 + 1.7 * len(streams)) as figure:
         panels = figure.subplots(len(streams), 1, sharex=True, squeeze=False)[:, 0]
         colours = _colours(streams)
         for panel, (stream, names) in zip(panels, streams.items(), strict=True):
@@ -59,21 +28,7 @@ def draw_curve(curve: Sequence[Mapping[str, Any]]) -> str | None:
             _draw_panel(panel, curve, names, colours)
         panels[-1].set_xlabel("optimiser step")
         panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    return _strip(buffer.getvalue())
-
-
-def themed(svg: str) -> str:
-    """Let a page's style sheet colour the drawing."""
-    for colour, variable in THEME.items():
-        svg = svg.replace(colour, variable)
-    return re.sub(r"font-family: [^;]*;", "font-family: inherit;", svg)
-
-
-def standalone(svg: str) -> str:
-    """Put the drawing on white paper, as a file of its own."""
-    return svg.replace(">", '><rect width="100%" height="100%" fill="#ffffff"/>', 1)
+        return to_plot(figure, "curve", "Loss of each term by step")
 
 
 def _streams(curve: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
@@ -116,9 +71,9 @@ def _draw_panel(
         panel.plot(steps, values, color=colour, linewidth=1.6, marker=marker, markersize=4)
         ends.append((finite[-1], _objective(name), colour))
     panel.set_ylabel("loss")
-    panel.tick_params(length=3)
+    tidy(panel)
+    panel.grid(visible=False, axis="x")
     panel.yaxis.set_major_locator(MaxNLocator(nbins=4))
-    panel.grid(axis="y", color=FAINT, alpha=0.25, linewidth=0.6)
     panel.margins(x=0.01, y=0.12)
     _label_ends(panel, ends)
 
@@ -140,10 +95,3 @@ def _label_ends(panel: Axes, ends: list[tuple[tuple[float, float], str, str]]) -
             color=colour,
             annotation_clip=False,
         )
-
-
-def _strip(svg: str) -> str:
-    """Keep the drawing alone: no XML prologue, document type or metadata."""
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    return svg.replace("<svg ", '<svg role="img" aria-label="Loss of each term by step" ', 1)

@@ -1,19 +1,16 @@
 """The benchmark of every run: what is left of the forget set, what was kept of the retain set."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
-from unlearn.data.collate import IGNORE, batches_by_length, pad
-from unlearn.data.encode import Example, pad_token_id
+from unlearn.data.encode import Example
 from unlearn.data.rows import row_kind
 from unlearn.data.templates import Template
+from unlearn.evals.answers import Evaluator, known_start
 from unlearn.evals.benchmark import Direction, Metric, Progress, Record, Result
-from unlearn.evals.generate import evaluation_mode, generate
 from unlearn.evals.metrics import extraction_strength, probability, rouge_l_recall
-from unlearn.scores import Scorer, Scores
+from unlearn.scores import Scores
 
 MEASURES = {
     "Q_A_Prob": "prob",
@@ -21,9 +18,6 @@ MEASURES = {
     "extraction_strength": "extraction_strength",
 }
 """Metric name without its split -> the field of the records it is the mean of."""
-
-GENERATION_BUDGET = 4
-"""Writing one token at a time needs far less memory than scoring whole rows: larger batches."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +40,8 @@ class ForgetRetain:
     """How much of the forget set is still there and how much of the retain set was kept.
 
     Per split: ``Q_A_Prob``, ``Q_A_ROUGE`` and ``extraction_strength`` (see
-    :mod:`unlearn.evals.metrics`), from one teacher-forced pass and one generation pass. Each metric
+    :mod:`unlearn.evals.metrics`), from one teacher-forced pass and one generation pass over both
+    splits. Each metric
     is a mean over examples; a text that was cut into windows counts once per window. Rows of plain
     text have no question, so ROUGE leaves them out.
     """
@@ -67,60 +62,74 @@ class ForgetRetain:
         return {name: split.first(self.max_rows) for name, split in self._given().items()}
 
     def run(
-        self, model: Any, tokenizer: Any, *, progress: Progress = lambda stage, done, total: None
-    ) -> Result:
-        """Evaluate; ``progress`` is told (stage, rows done, rows in all)."""
-        metrics: dict[str, Metric] = {}
-        records: list[Record] = []
-        with evaluation_mode(model):
-            scorer = Scorer.for_model(model)
-            for name, split in self.splits.items():
-                found = self._records(name, split, model, tokenizer, scorer, progress)
-                metrics |= _metrics(name, found)
-                records += found
-        return Result(self.name, self.version, metrics, records, self._settings())
-
-    def _records(
         self,
-        name: str,
-        split: Split,
         model: Any,
         tokenizer: Any,
-        scorer: Scorer,
-        progress: Progress,
-    ) -> list[Record]:
-        readings = score_examples(
-            scorer,
-            model,
-            split.examples,
-            pad_id=pad_token_id(tokenizer),
-            batch_tokens=self.batch_tokens,
-            progress=lambda done, total: progress(f"{name}: scoring", done, total),
+        *,
+        progress: Progress = lambda stage, done, total: None,
+        weights_hash: str | None = None,
+    ) -> Result:
+        """Evaluate; ``progress`` is told (stage, rows done, rows in all).
+
+        ``weights_hash`` of this model lets its results be kept and found again.
+        """
+        splits = self.splits
+        evaluator = Evaluator(
+            model, tokenizer, self.batch_tokens, self.max_new_tokens, weights_hash
+        )
+        named = " and ".join(splits)
+        examples = [example for split in splits.values() for example in split.examples]
+        scores = evaluator.score(
+            examples, progress=lambda done, total: progress(f"{named}: scoring", done, total)
         )
         records = [
-            {"split": name, "row": example.row, **_texts(split.rows[example.row]), **reading.record}
-            for example, reading in zip(split.examples, readings, strict=True)
+            {"split": name, "row": example.row, **_texts(split.rows[example.row])}
+            for name, split in splits.items()
+            for example in split.examples
         ]
+        for record, read in zip(records, _readings(scores), strict=True):
+            record |= read
+        if self.generate:
+            self._answer(
+                evaluator,
+                examples,
+                scores,
+                records,
+                lambda done, total: progress(f"{named}: answering", done, total),
+            )
+        metrics: dict[str, Metric] = {}
+        for name in splits:
+            metrics |= _metrics(name, [record for record in records if record["split"] == name])
+        return Result(self.name, self.version, metrics, records, self._settings())
+
+    def _answer(
+        self,
+        evaluator: Evaluator,
+        examples: Sequence[Example],
+        scores: Scores,
+        records: Sequence[Record],
+        progress: Callable[[int, int], None],
+    ) -> None:
+        """Let the model answer every row that has a question; complete its record."""
         asked = [place for place, record in enumerate(records) if record["question"] is not None]
-        if not self.generate or not asked:
-            return records
-        prompts = [_prompt(split, place, tokenizer) for place in asked]
-        answers = generate(
-            model,
-            tokenizer,
-            prompts,
-            known=[
-                _known(split.examples[place], readings[place], prompt)
-                for place, prompt in zip(asked, prompts, strict=True)
-            ],
-            max_new_tokens=self.max_new_tokens,
-            token_budget=GENERATION_BUDGET * self.batch_tokens,
-            progress=lambda done, total: progress(f"{name}: answering", done, total),
-        )
+        prompts = [self._prompt(records[place], evaluator.tokenizer) for place in asked]
+        known = [
+            known_start(examples[place], _hits(scores, place), prompt)
+            for place, prompt in zip(asked, prompts, strict=True)
+        ]
+        answers = evaluator.write(prompts, known=known, progress=progress)
         for place, answer in zip(asked, answers, strict=True):
             recall = rouge_l_recall(records[place]["answer"], answer)
-            records[place] |= {"generation": answer, "rouge_l_recall": recall}
-        return records
+            records[place].update(generation=answer, rouge_l_recall=recall)
+
+    def _prompt(self, record: Record, tokenizer: Any) -> list[int]:
+        """Tokenise the prompt of one record on its own.
+
+        Cut from the whole text, its last token could be one that merged with the answer and gives
+        the answer's beginning away.
+        """
+        split = self._given()[record["split"]]
+        return split.template.prompt_ids(split.rows[record["row"]], tokenizer)
 
     def _settings(self) -> dict[str, Any]:
         given, used = self._given(), self.splits
@@ -139,58 +148,26 @@ class ForgetRetain:
         return {name: split for name, split in splits.items() if split is not None}
 
 
-@dataclass(frozen=True)
-class Reading:
-    """What the teacher-forced pass says about one example.
-
-    ``hits`` has one entry per token: whether it is labelled and was the likeliest next token.
-    """
-
-    record: Record
-    hits: list[bool]
-
-
-def score_examples(
-    scorer: Scorer,
-    model: Any,
-    examples: Sequence[Example],
-    *,
-    pad_id: int,
-    batch_tokens: int,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> list[Reading]:
-    """Score every example once, in batches of similar length; readings come in input order."""
-    found: list[Reading | None] = [None] * len(examples)
-    device = next(model.parameters()).device
-    done = 0
-    with evaluation_mode(model):
-        for group in batches_by_length([len(e.input_ids) for e in examples], batch_tokens):
-            batch = pad([examples[place] for place in group], pad_id)
-            batch = {key: value.to(device) for key, value in batch.items()}
-            scores = scorer(model, batch, want={"correct"})
-            for place, reading in zip(group, _readings(scores), strict=True):
-                found[place] = reading
-            done += len(group)
-            progress(done, len(examples))
-    return [reading for reading in found if reading is not None]
-
-
-def _readings(scores: Scores) -> Iterator[Reading]:
+def _readings(scores: Scores) -> list[Record]:
+    """Give what the teacher-forced pass says about each row."""
     assert scores.correct is not None
     columns = {
-        "prob": probability(scores),
-        "avg_loss": -scores.sequence / scores.num_tokens,
-        "num_tokens": scores.num_tokens,
-        "extraction_strength": extraction_strength(scores.correct, scores.mask),
+        "prob": probability(scores).tolist(),
+        "avg_loss": (-scores.sequence / scores.num_tokens).tolist(),
+        "num_tokens": scores.num_tokens.tolist(),
+        "extraction_strength": extraction_strength(scores.correct, scores.mask).tolist(),
     }
-    rows = zip(*(column.tolist() for column in columns.values()), strict=True)
-    # the prediction made at t is about token t+1
-    hits = torch.nn.functional.pad(scores.correct, (1, 0))[:, :-1].tolist()
-    for values, row_hits in zip(rows, hits, strict=True):
-        record = dict(zip(columns, values, strict=True))
+    records = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    for record in records:
         if record["num_tokens"] < 2:  # nothing but the end of the answer: nothing to extract
             record["extraction_strength"] = None
-        yield Reading(record, row_hits)
+    return records
+
+
+def _hits(scores: Scores, row: int) -> list[bool]:
+    """Tell, per labelled token of a row, whether it was the likeliest."""
+    assert scores.correct is not None
+    return [bool(hit) for hit in scores.correct[row][scores.mask[row]].tolist()]
 
 
 def _metrics(split: str, records: Sequence[Record]) -> dict[str, Metric]:
@@ -215,29 +192,3 @@ def _texts(row: Mapping[str, Any]) -> dict[str, str | None]:
     last = max(place for place, turn in enumerate(turns) if turn["role"] == "assistant")
     asked = [turn["content"] for turn in turns[:last] if turn["role"] == "user"]
     return {"question": asked[-1] if asked else "", "answer": turns[last]["content"]}
-
-
-def _prompt(split: Split, place: int, tokenizer: Any) -> list[int]:
-    """Tokenise the prompt of one example on its own.
-
-    Cut from the whole text, its last token could be one that merged with the answer and gives the
-    answer's beginning away.
-    """
-    example = split.examples[place]
-    return split.template.prompt_ids(split.rows[example.row], tokenizer)
-
-
-def _known(example: Example, reading: Reading, prompt: Sequence[int]) -> list[int]:
-    """Give the first tokens of the true answer that greedy decoding is known to choose.
-
-    Where the teacher-forced prediction is right, greedy decoding writes the same token and stands
-    before the same context; so right predictions at the start of an answer need no decoding. As
-    with any two batches of different shape, rounding may settle a near-tie differently.
-    """
-    start = len(prompt)
-    if example.input_ids[:start] != list(prompt):
-        return []
-    end = start
-    while end < len(example.input_ids) and example.labels[end] != IGNORE and reading.hits[end]:
-        end += 1
-    return example.input_ids[start:end]

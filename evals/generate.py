@@ -6,7 +6,6 @@ sampling defaults and penalties that many models ship in their generation config
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,31 +14,42 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import DynamicCache
 
-from unlearn.data.collate import batches_by_length
 from unlearn.data.encode import pad_token_id
 from unlearn.errors import UserError
 from unlearn.head import plain
+from unlearn.ranks import Ranks, whole
+from unlearn.scoring import evaluation_mode as evaluation_mode
 
 Progress = Callable[[int, int], None]
 
 
+LEAVING = 0.1
+"""Share of a batch that must be finished before its rows leave: each leaving copies the cache."""
+
+
 @dataclass
-class _Answer:
-    """One row while it is being answered; ``room`` is the most tokens it may have."""
+class Answer:
+    """One row while it is being answered; ``room`` is the most tokens it may have.
+
+    ``sound``: every token was chosen from numbers, none from NaN.
+    """
 
     prompt: list[int]
     room: int
     stops: frozenset[int]
     tokens: list[int] = field(default_factory=list)
     finished: bool = False
+    sound: bool = True
 
     def append(self, token: int) -> None:
-        if len(self.tokens) < self.room:
+        """Take one more token, unless the answer has ended."""
+        if not self.finished:
             self.tokens.append(token)
-        self.finished = token in self.stops or len(self.tokens) >= self.room
+            self.finished = token in self.stops or len(self.tokens) >= self.room
 
     @property
     def context(self) -> list[int]:
+        """Give the prompt and what is written so far."""
         return self.prompt + self.tokens
 
 
@@ -55,33 +65,114 @@ def generate(
 ) -> list[str]:
     """Give the greedy continuation of each prompt, in input order, without special tokens.
 
+    See :func:`written` for the arguments and :func:`text_of` for the text.
+    """
+    found: list[Answer | None] = [None] * len(prompts)
+    done = 0
+    for places, answers in written(
+        model,
+        tokenizer,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        token_budget=token_budget,
+        known=known,
+    ):
+        for place, answer in zip(places, answers, strict=True):
+            found[place] = answer
+        done += len(places)
+        progress(done, len(prompts))
+    return [text_of(tokenizer, answer.tokens) for answer in found if answer is not None]
+
+
+def written(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    token_budget: int = 32768,
+    known: Sequence[Sequence[int]] | None = None,
+) -> Iterator[tuple[list[int], list[Answer]]]:
+    """Write the greedy continuation of every prompt; give groups of them with their places.
+
     An answer ends at an end-of-sequence token, after ``max_new_tokens``, or where the model's
     positions end. A batch holds at most ``token_budget`` tokens, prompts and room for the answers
     counted. ``known`` gives, per prompt, tokens already known to be the first that greedy decoding
     would choose (from a teacher-forced pass); they are not computed again.
 
+    With ``torch.distributed`` initialised, every rank must call this with the same prompts. Whole
+    groups are dealt out to the ranks, and every rank is given all of them.
+
     Raises:
         UserError: the model cannot decode with a key-value cache, or a prompt is empty.
     """
-    _check(model, prompts)
+    check_prompts(model, prompts)
+    model = whole(model)
+    answers = _begun(model, tokenizer, prompts, max_new_tokens, known)
+    finished = [place for place, answer in enumerate(answers) if answer.finished]
+    if finished:
+        yield finished, [answers[place] for place in finished]
+    groups = _groups(answers, token_budget)
+    pad_id = pad_token_id(tokenizer)
+    ranks = Ranks.of(model)
+    for start in range(0, len(groups), ranks.size):
+        turn = groups[start : start + ranks.size]
+        for rank, places in enumerate(turn):
+            if rank == ranks.rank:
+                with evaluation_mode(model):
+                    _decode(model, [answers[place] for place in places], pad_id)
+        if ranks.size > 1:
+            _exchange(ranks, [[answers[place] for place in places] for places in turn])
+        for places in turn:
+            yield places, [answers[place] for place in places]
+
+
+def _begun(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    known: Sequence[Sequence[int]] | None,
+) -> list[Answer]:
     stops, most = stop_ids(model, tokenizer), _max_positions(model)
     answers = []
     for place, prompt in enumerate(prompts):
         room = max(0, min(max_new_tokens, most - len(prompt)))
-        answer = _Answer(list(prompt), room, stops, finished=room == 0)
+        answer = Answer(list(prompt), room, stops, finished=room == 0)
         for token in known[place] if known else ():
-            if not answer.finished:
-                answer.append(token)
+            answer.append(token)
         answers.append(answer)
-    waiting = [answer for answer in answers if not answer.finished]
-    pad_id = pad_token_id(tokenizer)
-    with evaluation_mode(model):
-        lengths = [len(answer.prompt) + answer.room for answer in waiting]
-        for group in batches_by_length(lengths, token_budget):
-            progress(sum(answer.finished for answer in answers), len(answers))
-            _decode(model, [waiting[place] for place in group], pad_id)
-    progress(len(answers), len(answers))
-    return [_text(tokenizer, answer.tokens) for answer in answers]
+    return answers
+
+
+def _groups(answers: Sequence[Answer], token_budget: int) -> list[list[int]]:
+    """Group unfinished answers by the length of their context, longest first."""
+    waiting = [place for place, answer in enumerate(answers) if not answer.finished]
+    groups: list[list[int]] = []
+    longest = 0
+    for place in sorted(waiting, key=lambda place: (-len(answers[place].context), place)):
+        need = len(answers[place].prompt) + answers[place].room
+        longest = max(longest, need)
+        if groups and longest * (len(groups[-1]) + 1) <= token_budget:
+            groups[-1].append(place)
+        else:
+            groups.append([place])
+            longest = need
+    return groups
+
+
+def _exchange(ranks: Ranks, groups: Sequence[Sequence[Answer]]) -> None:
+    """Give every rank the tokens that group 0 got on rank 0, group 1 on rank 1, and so on."""
+    room = max(answer.room for group in groups for answer in group)
+    sizes = [len(group) for group in groups] + [0] * (ranks.size - len(groups))
+    mine = groups[ranks.rank] if ranks.rank < len(groups) else []
+    table = torch.zeros(room + 2, len(mine), dtype=torch.long, device=ranks.device)
+    for column, answer in enumerate(mine):
+        numbers = [len(answer.tokens), int(answer.sound), *answer.tokens]
+        table[: len(numbers), column] = torch.tensor(numbers)
+    for group, found in zip(groups, ranks.gather(table, sizes), strict=False):
+        for answer, (length, sound, *tokens) in zip(group, found.t().tolist(), strict=True):
+            answer.tokens, answer.sound, answer.finished = tokens[:length], bool(sound), True
 
 
 def stop_ids(model: Any, tokenizer: Any) -> frozenset[int]:
@@ -91,21 +182,12 @@ def stop_ids(model: Any, tokenizer: Any) -> frozenset[int]:
     return frozenset(int(i) for i in (*named, tokenizer.eos_token_id) if i is not None)
 
 
-@contextmanager
-def evaluation_mode(model: Any) -> Iterator[None]:
-    """Switch dropout off and gradients too; afterwards every module is in the mode it was in."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module in training:
-            module.training = True
+def _decode(model: Any, answers: list[Answer], pad_id: int) -> None:
+    """Extend all answers token by token; finished ones leave the batch, a tenth at a time.
 
-
-def _decode(model: Any, answers: list[_Answer], pad_id: int) -> None:
-    """Extend all answers token by token; finished ones leave the batch."""
+    No row is carried past the model's last position.
+    """
+    most, longest = _max_positions(model), max(len(answer.context) for answer in answers)
     device = next(model.parameters()).device
     ids, attention = (part.to(device) for part in _left_pad(answers, pad_id))
     positions = (attention.cumsum(-1) - 1).clamp_min(0)
@@ -117,23 +199,34 @@ def _decode(model: Any, answers: list[_Answer], pad_id: int) -> None:
         output = model(
             input_ids=ids, attention_mask=attention, past_key_values=cache, use_cache=True, **inputs
         )
-        ids = output.logits[:, -1:].argmax(-1)
-        for answer, token in zip(answers, ids[:, 0].tolist(), strict=True):
-            answer.append(token)
+        ids = _choose(output.logits[:, -1], answers)
         keep = [place for place, answer in enumerate(answers) if not answer.finished]
         if not keep:
             return
         attention = torch.nn.functional.pad(attention, (0, 1), value=1)
         positions = positions[:, -1:] + 1
-        if len(keep) < len(answers):
+        longest += 1
+        leaving = len(answers) - len(keep)
+        if leaving and (leaving >= LEAVING * len(answers) or longest >= most):
             answers = [answers[place] for place in keep]
             index = torch.tensor(keep, device=device)
             cache.batch_select_indices(index)
             ids, attention, positions = ids[index], attention[index], positions[index]
 
 
+def _choose(logits: Tensor, answers: Sequence[Answer]) -> Int[Tensor, "batch 1"]:
+    """Append the likeliest token to every answer that is not finished, and give all of them."""
+    ids = logits.argmax(-1, keepdim=True)
+    sound = logits.gather(-1, ids).isfinite()  # argmax takes NaN for the largest number
+    chosen = torch.cat([ids, sound.long()], dim=-1).tolist()
+    for answer, (token, is_sound) in zip(answers, chosen, strict=True):
+        answer.sound &= bool(is_sound) or answer.finished
+        answer.append(token)
+    return ids
+
+
 def _left_pad(
-    answers: Sequence[_Answer], pad_id: int
+    answers: Sequence[Answer], pad_id: int
 ) -> tuple[Int[Tensor, "batch seq"], Int[Tensor, "batch seq"]]:
     longest = max(len(answer.context) for answer in answers)
     ids = torch.full((len(answers), longest), pad_id)
@@ -145,15 +238,18 @@ def _left_pad(
     return ids, attention
 
 
-def _text(tokenizer: Any, tokens: list[int]) -> str:
-    """Decode as written: tidying spaces would touch the answers but not the true ones."""
+def text_of(tokenizer: Any, tokens: Sequence[int]) -> str:
+    """Give the text of an answer without special tokens and outer white space.
+
+    Decoded as written: tidying spaces would touch the answers but not the true ones.
+    """
     text: str = tokenizer.decode(
-        tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False
     )
     return text.strip()
 
 
-def _check(model: Any, prompts: Sequence[Sequence[int]]) -> None:
+def check_prompts(model: Any, prompts: Sequence[Sequence[int]]) -> None:
     empty = [place for place, prompt in enumerate(prompts) if not prompt]
     if empty:
         raise UserError(

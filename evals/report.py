@@ -1,208 +1,231 @@
-"""The report of a run: a page that needs nothing but itself, the same as Markdown, and the curve.
+"""The report of a run: one description of what was found, as a page, as Markdown and as JSON.
 
-Everything a model wrote or a user named is untrusted text: it is escaped, and nothing in the page
-can load or run anything.
+:func:`describe` gives plain values; the templates only lay them out, so the three say the same.
 """
 
-import re
-import shlex
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from unlearn.evals.curve import draw_curve
+from unlearn.evals.ecdf import Distance, distances, draw_ecdf, usable_ratios
+from unlearn.evals.evidence import evidence, leakage_note, leakage_rows, ratio_note, reading
+from unlearn.evals.facts import partial, provenance, repeat, selected, training_line
+from unlearn.evals.limits import limits
+from unlearn.evals.overlap import shared_pieces
+from unlearn.evals.page import render
+from unlearn.evals.plots import Plot
+from unlearn.evals.table import COLUMNS, SPLITS, Cell, Row, blocks, columns, finite, table
+from unlearn.evals.tradeoff import draw_tradeoff, path_of
+from unlearn.evals.verdict import Paragraph, headline, verdict
+from unlearn.runs import write_atomic, write_json
 
-from unlearn.evals.curve import draw_curve, standalone, themed
-from unlearn.evals.overlap import Piece, shared_pieces
-from unlearn.evals.verdict import SPLITS, Cell, Row, headline, number, verdict
-from unlearn.runs import write_atomic
-
+FORMAT = "unlearn report 1"
 LONGEST = 1500
 """Characters of an answer that are shown; the run folder has the rest."""
 
-COLUMNS = {"before": "Before", "after": "After", "retain_model": "Retain model"}
-MEASURES = {
-    "Q_A_Prob": ("Probability of the true answer", "per token, geometric mean"),
-    "Q_A_ROUGE": ("Overlap of the written with the true answer", "ROUGE-L recall"),
-    "extraction_strength": ("Extraction strength", "share of the answer recited to its end"),
-}
-_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-_MARKDOWN = re.compile(r"([\\`*_{}\[\]<>#|~!&]|:(?=//)|(?<=www)\.)")
+OPEN = 3
+"""Examples of each set that stand open on the page."""
 
 
-@dataclass(frozen=True)
-class Answer:
-    """One column of a side-by-side example, cut into shared and other words."""
-
-    who: str
-    pieces: list[Piece]
-    left_out: int
-
-
-def write_report(run_dir: Path, results: Mapping[str, Any]) -> None:
-    """Write ``report.html``, ``report.md`` and, if there is a curve, ``curve.svg`` into a run."""
-    curve = draw_curve(results.get("training", {}).get("curve") or [])
-    if curve:
-        write_atomic(run_dir / "curve.svg", standalone(curve))
-    context = _context(results)
-    write_atomic(run_dir / "report.md", _render("report.md.j2", context | {"curve": bool(curve)}))
-    page = _render("report.html.j2", context | {"curve": themed(curve) if curve else None})
-    write_atomic(run_dir / "report.html", page)
+FINDINGS = (
+    *("Forget set", "Forget quality", "Rows given away", "Membership"),
+    *("Retain set", "Real authors", "World facts", "Model utility"),
+    "Distance from the retain model",
+)
+"""Headings of the paragraphs, in the order in which they are read."""
 
 
-def printable(value: Any) -> str:
-    """Replace what a page cannot show, or what would reorder the text around it."""
-    return _UNPRINTABLE.sub("\ufffd", str(value).replace("\r\n", "\n"))
+def write_report(
+    folder: Path, results: Mapping[str, Any], *, stem: str = "report"
+) -> dict[str, Any]:
+    """Write ``report.html``, ``report.md``, ``report.json`` and the plots (SVG) into a folder.
+
+    Gives the content of the JSON file.
+    """
+    run = describe(results)
+    plots = draw(results, run)
+    for plot in plots.values():
+        write_atomic(folder / f"{plot.name}.svg", plot.standalone())
+    context = {"run": run, "title": page_title(run)}
+    shown = {"plots": plots, "prefix": "", "level": 2}
+    write_atomic(folder / f"{stem}.html", render("report.html.j2", context | shown))
+    write_atomic(folder / f"{stem}.md", render("report.md.j2", context | shown))
+    content = strict(run)
+    write_json(folder / f"{stem}.json", content)
+    return dict(content)
 
 
-def markdown(value: Any) -> str:
-    """Escape text so that Markdown shows it as it is, on one line: no links, images or HTML."""
-    return _MARKDOWN.sub(r"\\\1", printable(value)).replace("\n", " ↵ ")
+def strict(value: Any) -> Any:
+    """Give a value as JSON knows it: no NaN, no infinity, no half characters."""
+    if isinstance(value, Mapping):
+        return {str(key): strict(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [strict(item) for item in value]
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode()
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _render(name: str, context: Mapping[str, Any]) -> str:
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=name.endswith(".html.j2"),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        finalize=lambda value: value if hasattr(value, "__html__") else printable(value),
+def page_title(run: Mapping[str, Any]) -> str:
+    """Name a report for the title bar."""
+    return ": ".join(
+        part
+        for part in ("Unlearning report", ", ".join(filter(None, (run["method"], run["model"]))))
+        if part
     )
-    environment.filters |= {"number": number, "markdown": markdown}
-    return environment.get_template(name).render(context)
 
 
-def _context(results: Mapping[str, Any]) -> dict[str, Any]:
+def describe(results: Mapping[str, Any]) -> dict[str, Any]:
+    """Give everything the report says about a run, as JSON knows it."""
     rows = table(results)
-    provenance = results.get("provenance", {})
+    titles = columns(rows)
+    ratios = usable_ratios(results.get("truth_ratios") or {})
+    apart = distances(ratios)
+    ks = apart["after"].distance if "after" in apart else None
+    leaked = leakage_rows(results.get("leakage") or {}, titles)
+    recorded = results.get("provenance") or {}
+    training = results.get("training") or {}
     return {
-        "method": results.get("method", ""),
-        "model": _origin(results),
-        "status": results.get("status", "unknown"),
-        "finished": provenance.get("finished"),
-        "headline": headline(rows),
-        "verdict": verdict(rows),
-        "groups": _groups(rows),
-        "measures": MEASURES,
-        "columns": {k: v for k, v in COLUMNS.items() if k != "retain_model" or _compared(rows)},
-        "partial": _partial(rows, provenance),
-        "examples": _examples(results.get("examples") or []),
-        "training": _training(results.get("training", {})),
-        "provenance": list(_provenance(results)),
-        "repeat": _repeat(results.get("recipe")),
-        "compared": _compared(rows),
+        "format": FORMAT,
+        "run": str(results.get("run") or ""),
+        "method": str(results.get("method") or ""),
+        "model": origin(results),
+        "status": str(results.get("status", "unknown")),
+        "finished": recorded.get("finished"),
+        "headline": headline(rows, ks),
+        "findings": [asdict(paragraph) for paragraph in _findings(rows, ks, leaked)],
+        "warnings": [str(text) for text in results.get("warnings") or []],
+        "columns": titles,
+        "blocks": [
+            {"title": title, "rows": [_row(row) for row in chosen]}
+            for title, chosen in blocks(rows).items()
+        ],
+        "notes": list(partial(rows, recorded)),
+        "truth_ratios": _ratios(results, ratios, apart, titles),
+        "leakage": leaked,
+        "leakage_note": leakage_note(leaked),
+        "trade_off": _tradeoff(results, rows),
+        "selected": selected(results),
+        "training": training_line(training),
+        "curve": training.get("curve") or [],
+        "examples": _examples(results.get("examples") or [], titles),
+        "limits": limits(rows, leakage=bool(leaked)),
+        "reading": reading(rows),
+        "provenance": provenance(results),
+        "repeat": repeat(results.get("recipe")),
     }
 
 
-def _repeat(recipe: str | None) -> str | None:
-    """Give the command that repeats a run, in a new folder beside it."""
-    if recipe is None:
+def draw(results: Mapping[str, Any], run: Mapping[str, Any]) -> dict[str, Plot]:
+    """Draw what there is to draw, by what it is called in the templates."""
+    path = path_of(results, _directions(table(results)))
+    found = {
+        "truth_ratios": draw_ecdf(usable_ratios(results.get("truth_ratios") or {}), run["columns"]),
+        "trade_off": draw_tradeoff(path) if path else None,
+        "curve": draw_curve(run["curve"]),
+    }
+    return {name: plot for name, plot in found.items() if plot}
+
+
+def origin(results: Mapping[str, Any]) -> str:
+    """Name the model that was changed or measured; failing that, the one that came out."""
+    recorded = (results.get("provenance") or {}).get("model")
+    if isinstance(recorded, Mapping):
+        recorded = recorded.get("path") or recorded.get("name")
+    return str(recorded or results.get("model") or "")
+
+
+def _findings(
+    rows: Sequence[Row], ks: float | None, leaked: Sequence[Mapping[str, Any]]
+) -> list[Paragraph]:
+    """Order what is said: what was forgotten, what was kept, what an outsider could see."""
+    found = [*verdict(rows), *evidence(rows, ks, leaked)]
+    order = {heading: place for place, heading in enumerate(FINDINGS)}
+    return sorted(found, key=lambda paragraph: order.get(paragraph.heading, len(order)))
+
+
+def _directions(rows: Sequence[Row]) -> dict[str, str]:
+    return {row.name: row.direction for row in rows}
+
+
+def _row(row: Row) -> dict[str, Any]:
+    return {
+        "name": row.name,
+        "title": row.title,
+        "detail": row.detail,
+        "direction": row.direction,
+        "change": row.change,
+        "cells": {who: _cell(row.cell(who)) for who in COLUMNS},
+        "marks": _marks(row),
+    }
+
+
+def _cell(cell: Cell | None) -> dict[str, Any] | None:
+    return None if cell is None else asdict(cell)
+
+
+def _marks(row: Row) -> dict[str, float] | None:
+    """Give the values for the scale from 0 to 1; None where that is not the scale."""
+    values = {who: cell.value for who in COLUMNS if (cell := row.cell(who)) is not None}
+    found = {who: value for who, value in values.items() if value is not None}
+    on_scale = all(0 <= value <= 1 for value in found.values())
+    return found if found and on_scale and row.name != "forget_quality" else None
+
+
+def _ratios(
+    results: Mapping[str, Any],
+    ratios: Mapping[str, Sequence[float]],
+    apart: Mapping[str, Distance],
+    titles: Mapping[str, str],
+) -> dict[str, Any] | None:
+    if not ratios:
         return None
-    return shlex.join(["unlearn", "run", recipe, "--out", f"{Path(recipe).parent}-again"])
-
-
-def table(results: Mapping[str, Any]) -> list[Row]:
-    """Line up the metrics of the models; a metric that some model lacks keeps an empty cell."""
-    details: dict[str, dict[str, Any]] = {
-        who: {
-            name: {"value": value, **results.get("details", {}).get(who, {}).get(name, {})}
-            for name, value in metrics.items()
-        }
-        for who, metrics in results.get("metrics", {}).items()
+    dropped = sum(len(results["truth_ratios"][who]) - len(x) for who, x in ratios.items())
+    return {
+        "note": ratio_note(apart, titles, dropped=dropped),
+        "n": {who: len(values) for who, values in ratios.items()},
+        "distances": {
+            who: asdict(found) | {"log10_p": finite(found.log10_p)} for who, found in apart.items()
+        },
     }
-    names = dict.fromkeys(name for who in COLUMNS for name in details.get(who, {}))
-    rows = []
-    for name in names:
-        found = {who: details[who][name] for who in COLUMNS if name in details.get(who, {})}
-        cells = {
-            who: Cell(_finite(d["value"]), _finite(d.get("standard_error")), d.get("n"))
-            for who, d in found.items()
-        }
-        direction = next((d["direction"] for d in found.values() if "direction" in d), "none")
-        before, after, retain = (cells.get(who) for who in COLUMNS)
-        rows.append(Row(name, direction, before, after, retain))
-    return rows
 
 
-def _finite(value: Any) -> float | None:
-    usable = isinstance(value, int | float) and value == value and abs(value) != float("inf")
-    return float(value) if usable else None
+def _tradeoff(results: Mapping[str, Any], rows: Sequence[Row]) -> dict[str, Any] | None:
+    path = path_of(results, _directions(rows))
+    if path is None:
+        return None
+    ends = [path.start] if path.start else [], [path.retain_model] if path.retain_model else []
+    points = [asdict(point) for point in (*ends[0], *path.steps, *ends[1])]
+    return asdict(path) | {"points": points}
 
 
-def _compared(rows: Sequence[Row]) -> bool:
-    return any(row.retain_model is not None for row in rows)
-
-
-def _groups(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    groups: dict[str, list[Row]] = {}
-    for row in rows:
-        groups.setdefault(SPLITS.get(row.split, "other").capitalize(), []).append(row)
-    return groups
-
-
-def _origin(results: Mapping[str, Any]) -> str:
-    """Name the model that was changed; failing that, the one that came out."""
-    return str(results.get("provenance", {}).get("model") or results.get("model") or "")
-
-
-def _partial(rows: Sequence[Row], provenance: Mapping[str, Any]) -> list[str]:
-    """Say which sets were measured on their first rows only."""
-    notes = []
-    for split, name in SPLITS.items():
-        source = provenance.get(split)
-        given = source.get("rows") if isinstance(source, Mapping) else None
-        used = max(
-            (row.after.n or 0 for row in rows if row.split == split and row.after), default=0
+def _examples(
+    examples: Sequence[Mapping[str, Any]], titles: Mapping[str, str]
+) -> list[dict[str, Any]]:
+    """Group the examples by set, each answer cut into shared and other words."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for example in examples:
+        split = SPLITS.get(example["split"], example["split"])
+        groups.setdefault(split, []).append(
+            {
+                "question": example["question"],
+                "answer": example["answer"],
+                "answers": [
+                    _answer(titles.get(who, title), example["answer"], example[who])
+                    for who, title in COLUMNS.items()
+                    if example.get(who) is not None
+                ],
+            }
         )
-        if isinstance(given, int) and 0 < used < given:
-            notes.append(f"Only the first {used} of the {given} rows of the {name} were measured.")
-    return notes
-
-
-def _examples(examples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return [
-        {
-            "split": SPLITS.get(example["split"], example["split"]),
-            "question": example["question"],
-            "answer": example["answer"],
-            "answers": [
-                _answer(title, example["answer"], example[who])
-                for who, title in COLUMNS.items()
-                if example.get(who) is not None
-            ],
-        }
-        for example in examples
+        {"split": split, "open": chosen[:OPEN], "more": chosen[OPEN:]}
+        for split, chosen in groups.items()
     ]
 
 
-def _answer(who: str, truth: str, text: str) -> Answer:
-    return Answer(who, shared_pieces(truth, text[:LONGEST]), max(0, len(text) - LONGEST))
-
-
-def _training(training: Mapping[str, Any]) -> str:
-    """Give steps, time, tokens and memory in one line."""
-    parts = []
-    if training.get("steps") is not None:
-        parts.append(f"{training['steps']:,} optimiser steps")
-    if training.get("seconds") is not None:
-        parts.append(f"{training['seconds']:,.1f} s")
-    if training.get("tokens") is not None:
-        parts.append(f"{training['tokens']:,} tokens")
-    if training.get("peak_memory_bytes") is not None:
-        parts.append(f"peak memory {training['peak_memory_bytes'] / 2**20:,.0f} MiB")
-    return ", ".join(parts)
-
-
-def _provenance(results: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Give every recorded fact, nested ones joined on one line."""
-    for name in ("run", "model", "recipe"):
-        if results.get(name):
-            yield {"model": "model written"}.get(name, name), str(results[name])
-    for name, value in results.get("provenance", {}).items():
-        if isinstance(value, Mapping):
-            value = ", ".join(f"{key} {item}" for key, item in value.items())
-        if value is not None:
-            yield name.replace("_", " "), str(value)
+def _answer(who: str, truth: str, text: str) -> dict[str, Any]:
+    pieces = [asdict(piece) for piece in shared_pieces(truth, text[:LONGEST])]
+    return {"who": who, "pieces": pieces, "left_out": max(0, len(text) - LONGEST)}

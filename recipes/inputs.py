@@ -15,7 +15,7 @@ from unlearn.data.sources import Source, load_rows
 from unlearn.errors import UserError
 from unlearn.recipes.files import find, overlay, read
 from unlearn.recipes.overrides import overridden
-from unlearn.recipes.schema import Recipe
+from unlearn.recipes.schema import EvalsSection, Recipe
 from unlearn.runs import RunFolder
 
 LARGEST_EARLY = 2**26
@@ -85,9 +85,21 @@ def absolute(recipe: Recipe) -> Recipe:
         update={
             "model": model.model_copy(update={k: _absolute(v) for k, v in paths.items()}),
             "data": data.model_copy(update={k: _absolute_spec(v) for k, v in specs.items()}),
+            "evals": _absolute_evals(recipe.evals),
             "out": recipe.out and str(Path(recipe.out).absolute()),
         }
     )
+
+
+def _absolute_evals(evals: EvalsSection) -> EvalsSection:
+    changes: dict[str, Any] = {}
+    if tofu := evals.tofu:
+        paths = {name: _absolute(getattr(tofu, name)) for name in ("data", "retain_logs")}
+        holdout = _absolute_spec(tofu.holdout)
+        changes["tofu"] = tofu.model_copy(update=paths | {"holdout": holdout})
+    if tasks := evals.lm_eval:
+        changes["lm_eval"] = tasks.model_copy(update={"data": _absolute(tasks.data)})
+    return evals.model_copy(update=changes)
 
 
 def _absolute(path: str | None) -> str | None:

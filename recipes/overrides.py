@@ -18,7 +18,7 @@ from unlearn.recipes.schema import Recipe, Term
 from unlearn.recipes.yaml_text import Location, Tree, parse
 
 ALIASES = {"gamma": "terms.forget.weight", "alpha": "terms.retain.weight"}
-FREE = ("columns", "template_args")
+FREE = ("columns", "template_args", "constraints")
 """Sections whose keys are the user's own."""
 
 

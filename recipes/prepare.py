@@ -6,12 +6,11 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
-from transformers import AutoConfig
-
 from unlearn import models
 from unlearn.data import Example, Template, encode, load_rows, pad_token_id
-from unlearn.errors import UserError
+from unlearn.evals.forget_retain import Split
 from unlearn.objectives import OBJECTIVES
+from unlearn.recipes.benchmarks import Measures, find_measures
 from unlearn.recipes.schema import Recipe
 from unlearn.training import Term
 
@@ -43,6 +42,7 @@ class Prepared:
     tokenizer: Any
     template: Template
     streams: dict[str, Stream]
+    measures: Measures
 
     @property
     def pad_id(self) -> int:
@@ -94,7 +94,9 @@ def prepare(recipe: Recipe, *, offline: bool = False) -> Prepared:
             rows = load_rows(spec, columns=data.columns, offline=offline)
             examples = encode(rows, tokenizer, template, max_length=data.max_length, source=spec)
             streams[name] = Stream(spec, rows, examples)
-    prepared = Prepared(recipe, source, tokenizer, template, streams)
+    splits = {name: Split(one.rows, one.examples, template) for name, one in streams.items()}
+    measures = find_measures(recipe, splits, template, offline=offline)
+    prepared = Prepared(recipe, source, tokenizer, template, streams, measures)
     _check_vocabularies(prepared)
     return prepared
 
@@ -108,30 +110,10 @@ def _check_vocabularies(prepared: Prepared) -> None:
     """Refuse models that do not know the tokens of the rows, or know them as something else."""
     streams = prepared.streams.values()
     used = {token for stream in streams for row in stream.examples for token in row.input_ids}
-    _check_size(prepared.source, used | {prepared.pad_id})
+    models.check_vocabulary(prepared.source, used | {prepared.pad_id})
     if prepared.recipe.model.retain_model:
         retain = sibling(prepared.source, prepared.recipe.model.retain_model)
-        _check_size(retain, used)
-        theirs = models.load_tokenizer(retain).convert_ids_to_tokens(sorted(used))
-        if theirs != prepared.tokenizer.convert_ids_to_tokens(sorted(used)):
-            raise UserError(
-                f"the tokenizer of the retain model '{retain.path}' is not that of the model",
-                "give a retain model trained from the same base, or leave model.retain_model out",
-            )
-
-
-def _check_size(source: models.ModelSource, tokens: set[int]) -> None:
-    try:
-        config = AutoConfig.from_pretrained(source.path, **source.arguments())
-    except (OSError, ValueError, KeyError) as error:
-        cause = str(error).strip().split("\n")[0]
-        raise UserError(f"cannot read the configuration of '{source.path}': {cause}") from error
-    size = config.get_text_config().vocab_size
-    if max(tokens) >= size:
-        raise UserError(
-            f"the tokenizer writes token {max(tokens)}, but '{source.path}' knows {size} tokens",
-            "give the tokenizer and the model of one folder that was saved together",
-        )
+        models.check_same_tokenizer(prepared.tokenizer, retain, used)
 
 
 def model_source(recipe: Recipe, *, offline: bool = False) -> models.ModelSource:

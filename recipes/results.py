@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from unlearn.evals.leakage import leakage
 from unlearn.evals.side_by_side import side_by_side
 from unlearn.runs import RunFolder
 
@@ -17,6 +18,7 @@ def put_together(
     """Join the stored results of each model, the course of training and the provenance."""
     provenance = dict(manifest)
     training = provenance.pop("training")
+    selected = provenance.pop("selected", None)
     return {
         **_places(folder),
         "status": "complete",
@@ -28,6 +30,12 @@ def put_together(
         "details": {name: result["metrics"] for name, result in found.items()},
         "examples": side_by_side(found),
         "training": training | totals(folder) | {"curve": curve(folder)},
+        "steps": steps(folder),
+        "truth_ratios": {name: _truth_ratios(result) for name, result in found.items()},
+        "leakage": {name: leakage(result["records"]) for name, result in found.items()},
+        "selected": selected,
+        "settings": found["after"]["settings"],
+        "warnings": warnings(folder, found, selected),
         "provenance": provenance,
     }
 
@@ -43,6 +51,43 @@ def curve(folder: RunFolder) -> list[dict[str, Any]]:
     return [
         {key: value for key, value in steps[step].items() if key not in UNPLOTTED}
         for step in sorted(steps)
+    ]
+
+
+def steps(folder: RunFolder) -> list[dict[str, Any]]:
+    """Give what was measured on the way, in order: step and metrics."""
+    files = {int(path.stem.removeprefix("step-")): path for path in folder.steps()}
+    return [
+        {
+            "step": step,
+            "metrics": {
+                name: metric["value"]
+                for name, metric in json.loads(files[step].read_text())["metrics"].items()
+            },
+        }
+        for step in sorted(files)
+    ]
+
+
+def warnings(
+    folder: RunFolder, found: Mapping[str, Any], selected: Mapping[str, Any] | None
+) -> list[str]:
+    """Say what a reader must know: notes of the benchmarks, warnings of the run."""
+    settings = found["after"]["settings"]
+    parts = settings.values() if "+" in found["after"]["benchmark"] else [settings]
+    lines = [note for part in parts for note in part.get("notes", ())]
+    lines += [event["message"] for event in folder.events("warning")]
+    if selected and not selected["satisfied"]:
+        bounds = ", ".join(f"{name} {bound:g}" for name, bound in selected["constraints"].items())
+        lines.append(f"no measured step met the constraints ({bounds}): the nearest was kept")
+    return list(dict.fromkeys(lines))
+
+
+def _truth_ratios(result: Mapping[str, Any]) -> list[float]:
+    return [
+        record["truth_ratio"]
+        for record in result["records"]
+        if record.get("split") == "forget" and record.get("truth_ratio") is not None
     ]
 
 

@@ -1,7 +1,8 @@
 """The pipeline: a validated recipe becomes a run folder with a model, numbers and a report.
 
-prepare (no weights) -> folder -> load -> benchmark before -> reference -> train -> save ->
-benchmark after -> report. Every stage leaves a file, so that a resumed run skips what is done.
+prepare (no weights) -> folder -> benchmark retain model -> load -> benchmark before -> reference ->
+train (benchmarks on the way) -> save -> benchmark after -> report. Every stage leaves a file, so
+that a resumed run skips what is done.
 """
 
 import gc
@@ -18,14 +19,15 @@ from transformers import set_seed
 
 from unlearn import models, monitors
 from unlearn.errors import UserError
-from unlearn.evals.forget_retain import ForgetRetain, Split
-from unlearn.evals.report import write_report
+from unlearn.evals.benchmark import Result
+from unlearn.evals.report import strict, write_report
 from unlearn.recipes.files import dump
 from unlearn.recipes.inputs import absolute
 from unlearn.recipes.plan import plan_run, require_disk
 from unlearn.recipes.prepare import Prepared, prepare, sibling
 from unlearn.recipes.results import put_together, stored_results
 from unlearn.recipes.schema import Recipe
+from unlearn.recipes.selection import Selection, check_rule
 from unlearn.recipes.train import train
 from unlearn.runs import RunFolder, command_line, staged, versions, write_atomic, write_json
 
@@ -132,6 +134,8 @@ class _Run:
         recipe, stop = self.prepared.recipe, monitors.StopRequest()
         with stop.listening():
             set_seed(recipe.seed)
+            if recipe.model.retain_model:  # first: the others are compared with it
+                self.benchmark("retain_model", recipe.model.retain_model)
             if not self.folder.model.is_dir():
                 self._unlearn(stop)
             found = {
@@ -139,7 +143,7 @@ class _Run:
                 "after": self.benchmark("after", str(self.folder.model)),
             }
             if recipe.model.retain_model:
-                found["retain_model"] = self.benchmark("retain_model", recipe.model.retain_model)
+                found["retain_model"] = self._stored("retain_model")
             return self._finish(found)
 
     def _unlearn(self, stop: monitors.StopRequest) -> None:
@@ -151,7 +155,9 @@ class _Run:
             raise UserError(message, "restore it, or start a new run")
         self.manifest["device"] = str(model.device)
         write_json(self.folder.manifest, self.manifest)
-        self.benchmark("before", model)
+        before = self.benchmark("before", model)
+        if rule := self.prepared.recipe.evals.select_best:
+            check_rule(rule, before["metrics"])
         model, summary = train(
             self.prepared,
             model,
@@ -159,15 +165,29 @@ class _Run:
             weights_hash=self.manifest["model_sha256"],
             stop=stop,
             emit=self.emit,
-            on_step=lambda model, step: self.benchmark(f"step-{step}", model),
+            on_step=self._measure_step,
         )
         self.manifest["training"] = summary
+        if self.selection:
+            self._measure_step(model, summary["steps"])
+            self.manifest["selected"] = self.selection.restore(model)
         write_json(self.folder.manifest, self.manifest)
         self.emit({"event": "stage", "stage": "save"})
         with staged(self.folder.model) as staging:
             models.save_model(model, self.prepared.tokenizer, staging, self.folder.adapter)
         del model
         gc.collect()
+
+    @property
+    def selection(self) -> Selection | None:
+        rule = self.prepared.recipe.evals.select_best
+        return Selection(rule, self.folder.best) if rule else None
+
+    def _measure_step(self, model: Any, step: int) -> None:
+        """Measure on the way, and keep the weights when they are the best so far."""
+        stored = self.benchmark(f"step-{step}", model)
+        if self.selection:
+            self.selection.consider(model, step, stored["metrics"])
 
     def benchmark(self, name: str, model: Any) -> dict[str, Any]:
         """Measure a model (or the one in a folder) once; a stored result is not measured again."""
@@ -180,24 +200,24 @@ class _Run:
         def progress(what: str, done: int, total: int) -> None:
             self.listener({"event": "progress", "what": what, "done": done, "total": total})
 
-        result = self._benchmark().run(model, self.prepared.tokenizer, progress=progress)
-        write_json(self.folder.evaluation(name), result.to_dict())
+        measures, tokenizer = self.prepared.measures, self.prepared.tokenizer
+        before = self._found("before")
+        result = measures.run(
+            model,
+            tokenizer,
+            progress=progress,
+            retain=self._found("retain_model"),
+            target=before.values() if before else None,
+        )
+        if name == "retain_model":
+            result = measures.as_retain_model(result)
+        write_json(self.folder.evaluation(name), strict(result.to_dict()))
         self.emit({"event": "metrics", "name": name, "metrics": result.values()})
         return self._stored(name)
 
-    def _benchmark(self) -> ForgetRetain:
-        evals = self.prepared.recipe.evals
-        splits = {
-            name: Split(stream.rows, stream.examples, self.prepared.template)
-            for name, stream in self.prepared.streams.items()
-        }
-        return ForgetRetain(
-            **splits,
-            max_rows=evals.max_rows,
-            generate=evals.generate,
-            max_new_tokens=evals.max_new_tokens,
-            batch_tokens=evals.batch_tokens,
-        )
+    def _found(self, name: str) -> Result | None:
+        stored = self.folder.evaluation(name).is_file()
+        return Result.from_dict(self._stored(name)) if stored else None
 
     def _stored(self, name: str) -> dict[str, Any]:
         return dict(json.loads(self.folder.evaluation(name).read_text()))

@@ -15,6 +15,7 @@ from unlearn.cli import detect, entry, main
 from unlearn.cli.data import columns_of
 from unlearn.data.people import demo_folder
 from unlearn.evals.forget_retain import MEASURES
+from unlearn.evals.table import MEASURES as TOFU_MEASURES
 from unlearn.objectives import OBJECTIVES, Objective, batch_loss, sequence
 from unlearn.recipes import files
 from unlearn.recipes.mistakes import find_mistakes
@@ -25,7 +26,9 @@ from unlearn.recipes.yaml_text import parse_tree
 from unlearn.scores import Scores
 
 ROOT = Path(__file__).parents[1]
-TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+DOCS = [path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))]
+TEXT = "\n".join([README, *DOCS])
 PROSE = re.sub(r"^```.*?^```", "", TEXT, flags=re.DOTALL | re.MULTILINE)
 PROGRAMS = {"unlearn": main.app, "detect-pretraining": detect.app}
 
@@ -35,7 +38,7 @@ def blocks(language: str, text: str = TEXT) -> list[str]:
 
 
 def section(title: str) -> str:
-    return TEXT.split(f"\n## {title}\n")[1].split("\n## ")[0]
+    return README.split(f"\n## {title}\n")[1].split("\n## ")[0]
 
 
 def first_cells(text: str) -> list[str]:
@@ -184,7 +187,8 @@ def test_the_tree_is_the_tree() -> None:
 
 def test_links_lead_somewhere() -> None:
     for target in re.findall(r"\]\(([^)\s]+)\)", TEXT):
-        assert target.startswith("https://") or (ROOT / target).exists(), target
+        path = ROOT / target.partition("#")[0]
+        assert target.startswith(("https://", "#")) or path.exists(), target
 
 
 def test_python_for_losses_and_metrics_runs(capsys: pytest.CaptureFixture[str]) -> None:
@@ -217,7 +221,7 @@ def test_python_for_a_run_runs_and_the_run_folder_is_as_listed(
 def test_the_worked_example_of_contributing_works(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its function, table row, recipe and test, without touching a file."""
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    function, imported, row, check = blocks("python", text)
+    function, imported, row, check, *_ = blocks("python", text)
     for block in (imported, row):
         assert "npo, simnpo" in block
         assert block.replace("npo, simnpo", "npo", 1).count("simnpo") == 0
@@ -234,3 +238,19 @@ def test_the_worked_example_of_contributing_works(monkeypatch: pytest.MonkeyPatc
     exec(check, scope)
     (test,) = [item for name, item in scope.items() if name.startswith("test_")]
     test()
+
+
+def test_the_worked_benchmark_of_contributing_works(tiny_model: Any, tiny_tokenizer: Any) -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    *_, benchmark, check = blocks("python", text)
+    scope: dict[str, Any] = {"torch": torch, "__name__": "first_token"}
+    exec(benchmark, scope)
+    exec(check, scope)
+    (test,) = [item for name, item in scope.items() if name.startswith("test_")]
+    test(tiny_model, tiny_tokenizer)
+
+
+def test_every_metric_is_in_the_documentation() -> None:
+    text = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    named = set(first_cells(text.split("## Every metric")[1]))
+    assert named - {"forget_truth_ratio", "retain_", "ra_", "wf_"} == set(TOFU_MEASURES)

@@ -2,9 +2,10 @@
 
 import hashlib
 import json
+import math
 import re
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from unlearn.errors import UserError, did_you_mean
 
@@ -109,6 +110,69 @@ def check_safetensors(path: Path) -> None:
     if size != expected:
         raise UserError(
             f"'{path}' is truncated: {size} bytes, its header promises {expected}", redo
+        )
+
+
+def check_memory(source: ModelSource) -> None:
+    """Refuse a local model whose weights alone do not fit into the free memory of the GPU.
+
+    Raises:
+        UserError: both sizes are named. Never without CUDA, nor for what is not downloaded yet.
+    """
+    if not torch.cuda.is_available() or source.quantize:
+        return
+    needed = _num_weights(source) * resolve_dtype(source.dtype).itemsize
+    free = torch.cuda.mem_get_info()[0]
+    if needed > free:
+        raise UserError(
+            f"'{source.path}' needs {needed / 2**30:.1f} GiB of GPU memory for its weights, "
+            f"{free / 2**30:.1f} GiB are free",
+            "free memory (see `nvidia-smi`) or choose a smaller dtype",
+        )
+
+
+def _num_weights(source: ModelSource) -> int:
+    total = 0
+    for path in Path(source.path).glob("*.safetensors"):
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        total += sum(math.prod(entry["shape"]) for entry in header.values())
+    return total
+
+
+def check_vocabulary(source: ModelSource, tokens: Collection[int]) -> None:
+    """Refuse a model that does not know some of the tokens it would be given.
+
+    Raises:
+        UserError: the configuration cannot be read, or its vocabulary is too small.
+    """
+    try:
+        config = AutoConfig.from_pretrained(source.path, **source.arguments())
+    except (OSError, ValueError, KeyError) as error:
+        cause = str(error).strip().split("\n")[0]
+        raise UserError(f"cannot read the configuration of '{source.path}': {cause}") from error
+    size = config.get_text_config().vocab_size
+    if max(tokens) >= size:
+        raise UserError(
+            f"the tokenizer writes token {max(tokens)}, but '{source.path}' knows {size} tokens",
+            "give the tokenizer and the model of one folder that was saved together",
+        )
+
+
+def check_same_tokenizer(tokenizer: Any, other: ModelSource, tokens: Collection[int]) -> None:
+    """Refuse a retain model that knows the given tokens as something else, or not at all.
+
+    Raises:
+        UserError: as said.
+    """
+    check_vocabulary(other, tokens)
+    used = sorted(tokens)
+    if load_tokenizer(other).convert_ids_to_tokens(used) != tokenizer.convert_ids_to_tokens(used):
+        raise UserError(
+            f"the tokenizer of the retain model '{other.path}' is not that of the model",
+            "give a retain model trained from the same base",
         )
 
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -69,6 +69,18 @@ class Group:
         return _Gather.apply(attended.flatten(0, 1), self.slots)
 
 
+@runtime_checkable
+class Layout(Protocol):
+    """How tokens laid end to end attend to each other, and where each of them stands."""
+
+    @property
+    def positions(self) -> Int[Tensor, "1 token"]: ...
+
+    def attend(
+        self, module: Any, query: Tensor, key: Tensor, value: Tensor, **arguments: Any
+    ) -> Tensor: ...
+
+
 @dataclass(frozen=True)
 class Packing:
     """Where each real token of a right-padded [batch, width] layout stands, longest row first."""
@@ -103,15 +115,30 @@ class Packing:
         self, module: Any, query: Tensor, key: Tensor, value: Tensor, **arguments: Any
     ) -> Tensor:
         """Run causal attention within each row; inputs are [1, heads, token, width]."""
-        arguments["is_causal"] = True
         sizes = [len(group.slots) for group in self.groups]
         parts = (part[0].transpose(0, 1).split(sizes) for part in (query, key, value))
         outputs = []
         for group, *tokens in zip(self.groups, *parts, strict=True):
             rows = [group.unpack(part) for part in tokens]
-            output, _ = _transformers()[0](module, *rows, None, **arguments)
-            outputs.append(group.pack(output))
+            outputs.append(group.pack(row_attention(module, *rows, **arguments)))
         return torch.cat(outputs)[None]
+
+
+def row_attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None = None,
+    **arguments: Any,
+) -> Tensor:
+    """Attend in rows [rows, heads, width, size]: causally, or as the mask says.
+
+    Gives [rows, width, heads, size]; what stands at padding means nothing.
+    """
+    arguments["is_causal"] = mask is None
+    output, _ = _transformers()[0](module, query, key, value, mask, **arguments)
+    return output
 
 
 def _groups(lengths: list[int], device: torch.device) -> Iterator[Group]:
@@ -132,10 +159,10 @@ def attention(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    packing: Packing | None = None,
+    packing: Layout | None = None,
     **arguments: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Scaled dot-product attention, packed when the forward pass carries a :class:`Packing`."""
+    """Scaled dot-product attention, packed when the forward pass carries a :class:`Layout`."""
     if packing is None:
         return _transformers()[0](module, query, key, value, attention_mask, **arguments)
     for name in ("softcap", "sliding_window", "s_aux", "position_bias"):
@@ -182,13 +209,20 @@ def is_packable(model: Any) -> bool:
 
 
 def packed_forward(model: Any, input_ids: Tensor, packing: Packing, **arguments: Any) -> Any:
-    """Call the model on real tokens only, each row starting at position 0."""
+    """Call the model on the real tokens of a padded batch, each row starting at position 0."""
+    return layout_forward(model, packing.pack(input_ids), packing, **arguments)
+
+
+def layout_forward(
+    model: Any, tokens: Int[Tensor, "1 token"], layout: Layout, **arguments: Any
+) -> Any:
+    """Call the model on tokens that stand and attend as the layout says."""
     token = _active.set(True)
     try:
         return model(
-            input_ids=packing.pack(input_ids),
-            position_ids=packing.positions,
-            packing=packing,
+            input_ids=tokens,
+            position_ids=layout.positions,
+            packing=layout,
             use_cache=False,
             **arguments,
         )

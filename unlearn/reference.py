@@ -22,10 +22,11 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from unlearn.activations import Activations, read_layer
-from unlearn.data.collate import batches_by_length, pad
 from unlearn.data.encode import Example
+from unlearn.ranks import Ranks
 from unlearn.runs import write_atomic
-from unlearn.scores import Scorer, Scores
+from unlearn.scores import Scorer, Scores, label_mask
+from unlearn.scoring import scored
 
 LAYOUT = 1
 """Raise when the meaning of the stored numbers changes."""
@@ -33,7 +34,6 @@ LAYOUT = 1
 Progress = Callable[[int, int], None]
 
 
-@torch.no_grad()
 def score_rows(
     scorer: Scorer,
     model: Any,
@@ -45,14 +45,15 @@ def score_rows(
 ) -> list[Tensor]:
     """Give each row's token log-probs (nats), [seq], 0 where not labelled, in fp32 on the CPU."""
     found: list[Tensor] = [torch.empty(0)] * len(examples)
-    device = next(model.parameters()).device
     done = 0
-    for rows in batches_by_length([len(e.input_ids) for e in examples], batch_tokens):
-        batch = pad([examples[row] for row in rows], pad_id)
-        scores = scorer(model, {key: value.to(device) for key, value in batch.items()})
-        for row, log_probs in zip(rows, scores.log_probs.cpu(), strict=True):
-            found[row] = log_probs[: len(examples[row].input_ids)].clone()
-        done += len(rows)
+    for places, scores in scored(
+        model, examples, scorer=scorer, pad_id=pad_id, batch_tokens=batch_tokens
+    ):
+        for place, log_probs, mask in zip(places, scores.log_probs, scores.mask, strict=True):
+            labelled = label_mask(torch.tensor([examples[place].labels]))[0]
+            row = torch.zeros(len(labelled), dtype=log_probs.dtype)
+            found[place] = row.masked_scatter(labelled, log_probs[mask])
+        done += len(places)
         progress(done, len(examples))
     return found
 
@@ -83,10 +84,11 @@ def stored_rows(
     key = cache_key(weights_hash, examples, f"{model.dtype} {model.config.to_json_string()}")
     path = folder / "reference" / f"{key}.safetensors"
     lengths = [len(example.input_ids) for example in examples]
+    values = torch.empty(0)
     with contextlib.suppress(OSError, SafetensorError, KeyError):
         values = load_file(path)["log_probs"]
-        if len(values) == sum(lengths):
-            return list(values.split(lengths))
+    if Ranks.of(model).all(len(values) == sum(lengths)):  # scoring takes all ranks, or none
+        return list(values.split(lengths))
     rows = score_rows(scorer, model, examples, **scoring)
     try:
         write_atomic(path, save({"log_probs": torch.cat(rows)}))

@@ -148,12 +148,21 @@ class RunFolder:
         return self.path / "model"
 
     @property
+    def best(self) -> Path:
+        """The trained weights of the best of the measured steps, when one is to be selected."""
+        return self.path / "best"
+
+    @property
     def results(self) -> Path:
         """The last file to be written: it exists when and only when the run is complete."""
         return self.path / "results.json"
 
     def evaluation(self, name: str) -> Path:
         return self.path / "evals" / f"{name}.json"
+
+    def steps(self) -> list[Path]:
+        """List the evaluations made during training."""
+        return list((self.path / "evals").glob("step-*.json"))
 
     def append_event(self, event: Mapping[str, Any]) -> None:
         """Append one line to ``events.jsonl``; a torn last line is closed first."""

@@ -6,7 +6,8 @@ chunks. Everything downstream (objectives, metrics, detectors) is a function of 
 
 import inspect
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,13 +17,15 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from unlearn.head import (
+    TokenReadings,
     VocabularyHead,
     agrees_with_model,
     plain,
     upcast,
     vocabulary_statistics,
 )
-from unlearn.packing import Packing, is_packable, packed_forward
+from unlearn.packing import Packing, is_packable, layout_forward, packed_forward
+from unlearn.prefixes import TokenTree
 
 IGNORE = -100
 
@@ -154,6 +157,25 @@ class Scorer:
             for (name, batch), part, width in zip(batches.items(), rows, widths, strict=True)
         }
 
+    @torch.no_grad()
+    def tree(
+        self,
+        model: Any,
+        tree: TokenTree,
+        predicting: Int[Tensor, " reading"],
+        targets: Int[Tensor, " reading"],
+        *,
+        want: Collection[str] = (),
+    ) -> TokenReadings:
+        """Read target tokens from the tree's tokens that stand before them, without gradient.
+
+        Only inside :func:`unlearn.packing.packable`, and only with a head.
+        """
+        assert self.head is not None
+        with _leaving(plain(model).get_decoder()) as found:
+            layout_forward(model, tree.ids, tree, logits_to_keep=1)
+        return self.head.read(found[0][0, predicting], targets, want=want)
+
     def _stream(self, part: Tensor, batch: Mapping[str, Tensor], want: Collection[str]) -> Scores:
         labels, attention = batch["labels"], batch["attention_mask"]
         if self.head is None or "logits" in want:
@@ -186,21 +208,28 @@ def _body(model: Any, input_ids: Tensor, attended: Tensor, module: Any = None) -
     position and cannot be seen from it. Inside :func:`unlearn.packing.packable` padding is left out
     altogether.
     """
-    captured: list[Tensor] = []
+    with _leaving(module or plain(model).get_decoder()) as found:
+        if is_packable(plain(model)) and not attended.all():
+            packing = Packing.of(attended)
+            packed_forward(model, input_ids, packing, logits_to_keep=1)
+            return packing.unpack(found[0])
+        model(input_ids=input_ids, use_cache=False, logits_to_keep=1)
+        return found[0]
+
+
+@contextmanager
+def _leaving(module: Any) -> Iterator[list[Tensor]]:
+    """Collect the hidden states that leave a module in the forward passes inside the block."""
+    found: list[Tensor] = []
 
     def keep(_module: Any, _inputs: Any, output: Any) -> None:
         if isinstance(output, tuple):
             output = output[0]
-        captured.append(output if isinstance(output, Tensor) else output.last_hidden_state)
+        found.append(output if isinstance(output, Tensor) else output.last_hidden_state)
 
-    handle = (module or plain(model).get_decoder()).register_forward_hook(keep)
+    handle = module.register_forward_hook(keep)
     try:
-        if is_packable(plain(model)) and not attended.all():
-            packing = Packing.of(attended)
-            packed_forward(model, input_ids, packing, logits_to_keep=1)
-            return packing.unpack(captured[0])
-        model(input_ids=input_ids, use_cache=False, logits_to_keep=1)
-        return captured[0]
+        yield found
     finally:
         handle.remove()
 

@@ -71,7 +71,7 @@ def test_console_script_prints_nothing_but_its_own_lines(world):
         capture_output=True, text=True, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert json.loads(done.stdout)["run"] == "out"
-    ours = ("[", "  forget: ", "  retain: ", "  reference on ", "  step ")
+    ours = ("[", "  forget", "  retain", "  reference on ", "  step ")
     assert [line for line in done.stderr.splitlines() if not line.startswith(ours)] == []
 
 

@@ -104,6 +104,35 @@ def test_a_line_separator_inside_a_json_string_does_not_end_the_line(tmp_path: P
     assert load_rows(str(path)) == [row]
 
 
+TEXTS = [{"text": "first text"}, {"text": 'said "so"'}]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("x.txt", 'first text\n\nsaid "so"\n'),
+        ("x.jsonl", '"first text"\n"said \\"so\\""\n'),
+        ("x.jsonl", '{"text": "first text"}\n"said \\"so\\""\n'),
+    ],
+)
+def test_a_corpus_of_texts_is_read_from_every_form(tmp_path: Path, name: str, content: str) -> None:
+    path = tmp_path / name
+    path.write_text(content)
+    assert load_rows(str(path)) == TEXTS
+
+
+def test_objects_keep_their_title_and_abstract(tmp_path: Path) -> None:
+    row = {"title": "T", "abstract": "A", "text": "the text", "doi": None}
+    assert load_rows(write_jsonl(tmp_path / "bio.jsonl", [row])) == [row]
+
+
+def test_lines_without_any_json_are_texts_and_that_is_said(tmp_path: Path) -> None:
+    path = tmp_path / "wiki.jsonl"
+    path.write_text('first text\nsaid "so"\n')
+    with pytest.warns(UserWarning, match="holds no JSON: each line is read as one text"):
+        assert load_rows(str(path)) == TEXTS
+
+
 @pytest.mark.parametrize(
     ("split", "expected"),
     [
@@ -166,7 +195,13 @@ def test_a_folder_of_save_to_disk_is_read(tmp_path: Path) -> None:
         ("x.jsonl", b" \n \n", "has no rows"),
         ("x.json", b"[]", "has no rows"),
         ("x.csv", b"question,answer\n", "has no rows"),
-        ("x.txt", b"hello", "unknown extension '.txt' (one of .csv, .json, .jsonl, .parquet)"),
+        ("x.tsv", b"hello", "extension '.tsv' (one of .csv, .json, .jsonl, .parquet, .txt)"),
+        ("x.txt", b"\n \n", "has no rows"),
+        ("x.jsonl", b'"one"\ntwo\n', "line 2 is not JSON: "),
+        ("x.jsonl", b'one\n{"text": "two"}\n', "line 1 is not JSON: "),
+        ("x.jsonl", b'one\n{"text": "tw', "give a file of plain text the extension .txt"),
+        ("x.jsonl", b'"one"\n3\n', "line 2 is a JSON int, not an object"),
+        ("x.json", b"one\ntwo\n", "line 1 is not JSON: "),
         ("x.jsonl", b'{"question":"q","answer":"a"}\n{"question', "line 2 is not JSON: "),
         ("x.json", b'[{"question":"q"', "damaged JSON"),
         ("x.json", b"[" * 100_000, "damaged JSON"),

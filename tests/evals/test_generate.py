@@ -85,6 +85,23 @@ def test_answers_are_those_of_transformers(tiny_tokenizer: Any, name: str) -> No
     assert generate(model, tiny_tokenizer, PROMPTS, max_new_tokens=12) == expected
 
 
+def test_finished_rows_wait_for_a_tenth_but_not_past_the_last_position(
+    tiny_tokenizer: Any,
+) -> None:
+    """Of 12 rows one ends at GPT-2's 12 positions while the others need 8 tokens more."""
+    from transformers import AutoModelForCausalLM, GPT2Config
+
+    torch.manual_seed(0)
+    size = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 12, "vocab_size": 300}
+    model = AutoModelForCausalLM.from_config(GPT2Config(**size, eos_token_id=2)).eval()
+    prompts = [[5] * 11, *([row] for row in range(20, 31))]
+    expected = [
+        text(tiny_tokenizer, greedy(model, prompt, min(9, 12 - len(prompt)), {2}))
+        for prompt in prompts
+    ]
+    assert generate(model, tiny_tokenizer, prompts, max_new_tokens=9) == expected
+
+
 def test_a_model_without_a_cache_is_refused(tiny_model: Any, tiny_tokenizer: Any) -> None:
     tiny_model.forward = lambda input_ids: None
     with pytest.raises(UserError, match="no key-value cache"):

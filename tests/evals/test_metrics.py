@@ -6,7 +6,9 @@ import torch
 from unlearn.evals.metrics import (
     exact_memorization,
     extraction_strength,
+    normalised_probability,
     probability,
+    rouge,
     rouge_l_recall,
 )
 from unlearn.scores import Scores
@@ -85,3 +87,57 @@ def test_exact_memorization_counts_right_predictions_anywhere() -> None:
 )
 def test_rouge_l_recall(target: str, generation: str, recall: float) -> None:
     assert rouge_l_recall(target, generation) == pytest.approx(recall)
+
+
+@pytest.mark.parametrize(
+    ("line", "exact", "ou", "satimp"),
+    [
+        ("..xxxx", 1.0, 1.0, 1.0),
+        ("..oxxx", 2 / 3, 2 / 3, 3 / 4),
+        ("..xxoo", 0.0, 1 / 3, 0.0),  # wrong before the end token: open-unlearning gives 1/n
+        ("..xxxo", 1.0, 1.0, 0.0),  # SatImp counts the last token
+        ("..oooo", 0.0, 1 / 3, 0.0),
+    ],
+)
+def test_variants_of_extraction_strength(line: str, exact: float, ou: float, satimp: float) -> None:
+    correct, mask = rows(line)
+    for variant, expected in (("exact", exact), ("ou", ou), ("satimp", satimp)):
+        found = extraction_strength(correct, mask, variant=variant)  # type: ignore[arg-type]
+        assert found.item() == pytest.approx(expected), variant
+
+
+def test_open_unlearning_gives_nothing_to_extract_a_zero() -> None:
+    correct, mask = rows("..x..")
+    assert extraction_strength(correct, mask, variant="ou").tolist() == [0.0]
+
+
+def test_normalised_probability_is_the_share_of_the_right_option() -> None:
+    # 0.5 / (0.5 + 0.25 + 0.25); all zero: no number, but 0 with open-unlearning's epsilon
+    correct = torch.tensor([0.5, 0.0])
+    wrong = torch.tensor([[0.25, 0.25], [0.0, 0.0]])
+    found = normalised_probability(correct, wrong)
+    assert found[0] == 0.5
+    assert found[1].isnan()
+    assert normalised_probability(correct, wrong, epsilon=1e-10)[1] == 0.0
+
+
+def test_rouge_scores() -> None:
+    """Five words of the target; "oslo ada was" shares all three, in order "ada was" (2 of 3)."""
+    found = rouge("Ada was born in Oslo.", "Oslo: Ada was")
+    assert found.rouge1_recall == pytest.approx(3 / 5)
+    assert found.rouge_l_recall == pytest.approx(2 / 5)
+    assert found.rouge_l_f1 == pytest.approx(2 * (2 / 5) * (2 / 3) / (2 / 5 + 2 / 3))
+
+
+def test_rouge_is_that_of_the_package() -> None:
+    from rouge_score.rouge_scorer import RougeScorer
+
+    peer = RougeScorer(["rouge1", "rougeL"], use_stemmer=True)
+    texts = ("She was writing novels, short ones.", "A writer of short novels she was!", "")
+    for target in texts[:2]:
+        for text in texts:
+            expected = peer.score(target, text)
+            longest = expected["rougeL"]
+            assert rouge(target, text) == pytest.approx(
+                (expected["rouge1"].recall, longest.recall, longest.fmeasure)
+            )

@@ -1,4 +1,5 @@
 import copy
+import json
 import math
 import re
 from html.parser import HTMLParser
@@ -8,10 +9,9 @@ from typing import Any
 import pytest
 
 from unlearn.evals.curve import draw_curve
-from unlearn.evals.metrics import rouge_l_recall
-from unlearn.evals.overlap import Piece, shared_pieces
-from unlearn.evals.report import markdown, table, write_report
-from unlearn.evals.verdict import Cell, Row, headline, number, verdict
+from unlearn.evals.page import markdown
+from unlearn.evals.report import write_report
+from unlearn.evals.table import Cell, table
 
 NASTY = '<script>alert("x")</script> ![i](https://evil.example/a.png) [a](b) | `c` & \x1b\u202e'
 
@@ -81,7 +81,7 @@ def results(**changes: Any) -> dict[str, Any]:
 class Page(HTMLParser):
     """Collect the tags, attributes and visible text of a page; refuse unbalanced tags."""
 
-    VOID = ("meta", "br", "link", "img", "use", "circle", "line", "path", "rect")
+    VOID = ("meta", "br", "wbr", "link", "img", "use", "circle", "line", "path", "rect")
 
     def __init__(self, source: str) -> None:
         super().__init__()
@@ -125,9 +125,10 @@ def test_numbers_appear_as_given(tmp_path: Path) -> None:
     assert "0.021 ± 0.003" in page.text
     assert "| 0.021 ± 0.003 | 0.00076 ± 0.000090 | ↓ 0.975 |" in text
     assert "12,345 tokens, peak memory 1,024 MiB" in page.text
-    for fact in ("torch 2.13.0", "sha256 ab12", "unlearn run runs/r1/recipe.yaml"):
+    for fact in ("versions · torch2.13.0", "forget · sha256ab12"):  # a name and a value cell
         assert fact in page.text
-    assert "| Seed | 7 |" in text
+    assert "unlearn run runs/r1/recipe.yaml" in page.text
+    assert "| seed | 7 |" in text
     titles = {attributes.get("title") for _, attributes in page.tags}
     assert {"0.0208", "0.00076"} <= titles  # the exact value, on hovering
 
@@ -254,104 +255,106 @@ def test_the_same_results_give_the_same_files(tmp_path: Path) -> None:
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
 
 
-# the verdict
+# everything a report can have
 
 
-def row(name: str, before: float, after: float, retain: float | None = None) -> Row:
-    cells = [Cell(value, 0.01, 100) for value in (before, after)]
-    return Row(name, "lower", *cells, None if retain is None else Cell(retain, 0.01, 100))
+def test_a_model_alone_is_described_without_before_and_after(tmp_path: Path) -> None:
+    given = results()
+    metrics = {who: given["metrics"][who] for who in ("after", "retain_model")}
+    details = {who: given["details"][who] for who in ("after", "retain_model")}
+    page, text = written(tmp_path, metrics=metrics, details=details, method="", examples=[])
+    for shown in (page.text, text):
+        assert (
+            "The probability of the true answers is 0.021 on the forget set "
+            "(retain model: 0.00076) and 0.912 on the retain set (retain model: 0.994)."
+        ) in shown
+        assert "Change" not in shown
+        assert "Before" not in shown
+    assert "| Model | Retain model |" in text
 
 
-def test_the_verdict_by_hand() -> None:
-    found = verdict([row("forget_Q_A_Prob", 0.9, 0.3, 0.1), row("retain_Q_A_Prob", 0.8, 0.6, 0.79)])
-    assert [paragraph.text for paragraph in found] == [
-        "On the forget set (100 rows), the probability of the true answer fell from 0.900 to "
-        "0.300.",
-        "On the retain set (100 rows), 75.0 % of the probability of the true answer was kept "
-        "(0.800 before, 0.600 after).",
-        "Compared with the retain model on the forget set, probability is 0.200 above its 0.100. "
-        "Compared with the retain model on the retain set, probability is 0.190 below its 0.790. "
-        # (0.9 - 0.3) / (0.9 - 0.1)
-        "Of the way on the forget set from the model before unlearning to the retain model, 75 % "
-        "was covered in probability.",
-    ]
+def rich() -> dict[str, Any]:
+    """Give results with every part that a report can have."""
+    given = results()
+    given["details"]["after"]["forget_Q_A_Prob"] |= {"low": 0.015, "high": 0.027}
+    counts = {"rule": "ROUGE-L recall ≥ 0.9", "leaked": 2, "n": 400, "upper": 0.01566}
+    return given | {
+        "truth_ratios": {"before": [0.1, 0.2], "after": [1.0, 2.0, 3.0],
+                         "retain_model": [2.5, 3.5, 4.5]},
+        "leakage": {"after": counts, "retain_model": counts | {"leaked": 0, "upper": 0.00746}},
+        "steps": [{"step": 5, "metrics": {"forget_Q_A_Prob": 0.123, "retain_Q_A_Prob": 0.456}}],
+        "selected": {"step": 5, "metric": "forget_Q_A_Prob", "value": 0.1,
+                     "constraints": {"retain_Q_A_Prob": 0.4}, "satisfied": False},
+        "settings": {"tofu": {"split": "forget10"}},
+        "warnings": ["Nobody checked the holdout rows."],
+    }  # fmt: skip
 
 
-def test_a_change_within_the_error_is_not_called_one() -> None:
-    # two combined standard errors are 2 * sqrt(2) * 0.01 = 0.0283
-    small, large = row("forget_Q_A_Prob", 0.5, 0.475, 0.5), row("forget_Q_A_Prob", 0.5, 0.47, 0.5)
-    assert "shows no sure change (0.500 before, 0.475 after)" in verdict([small])[0].text
-    assert "no sure change (0.500 before, 0.475 after) on the forget set" in headline([small])
-    assert "fell from 0.500 to 0.470" in verdict([large])[0].text
-    assert "no sure difference from its 0.500" in verdict([small])[2].text
-    assert "covered" not in verdict([large])[2].text  # there was no way to go
+def test_page_markdown_and_json_say_the_same(tmp_path: Path) -> None:
+    write_report(tmp_path, rich())
+    page = Page((tmp_path / "report.html").read_text()).text
+    text = (tmp_path / "report.md").read_text().replace("\\", "")
+    stored = json.loads((tmp_path / "report.json").read_text(), parse_constant=pytest.fail)
+    for shown in (
+        "0.015 to 0.027",
+        "KS distance 0.667, p = 0.600, log10 p = -0.222 (3 and 3 rows)",
+        "2 of 400",
+        "0.50 %",
+        "0.75 %",
+        "Step 5 was kept: the best forget_Q_A_Prob of the measured steps within "
+        "retain_Q_A_Prob 0.4; no step met the constraints, this one misses them least.",
+        "0.123",
+        "0.456",
+        "Nobody checked the holdout rows.",
+        "tofu · split",
+        *stored["limits"],
+        *stored["reading"],
+        *(finding["text"] for finding in stored["findings"]),
+    ):
+        assert shown in page
+        assert shown in text
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "report.html", "report.md", "report.json", "curve.svg", "truth-ratios.svg", "trade-off.svg"
+    }  # fmt: skip
+    assert stored["leakage"][0]["share"] == 0.005
+    assert stored["truth_ratios"]["distances"]["after"]["place"] == 2.0
 
 
-def test_failed_unlearning_is_told_as_it_is() -> None:
-    rows = [row("forget_Q_A_Prob", 0.5, 0.9), row("retain_Q_A_Prob", 0.9, 0.1)]
-    assert headline(rows) == (
-        "The probability of the true answers rose from 0.500 to 0.900 on the forget set and fell "
-        "from 0.900 to 0.100 on the retain set."
-    )
+def test_no_number_that_json_lacks_is_written(tmp_path: Path) -> None:
+    given = rich()
+    given["truth_ratios"]["after"] = [1.0, math.nan, math.inf]
+    given["details"]["after"]["retain_Q_A_Prob"]["standard_error"] = math.nan
+    given["training"]["curve"][0]["forget/npo"] = math.nan
+    given["examples"][0]["after"] = "half \ud800"
+    write_report(tmp_path, given)
+    stored = json.loads((tmp_path / "report.json").read_text(), parse_constant=pytest.fail)
+    assert "2 ratios that are not numbers were left out." in stored["truth_ratios"]["note"]
 
 
-@pytest.mark.parametrize(
-    ("value", "shown"),
-    [
-        (0.0, "0.000"),
-        (1.0, "1.000"),
-        (0.02081, "0.021"),
-        (-0.5, "-0.500"),
-        (0.001, "0.001"),
-        (0.00076193, "0.00076"),
-        (0.00001234, "0.000012"),
-        (1.234e-9, "1.2e-09"),
-        (None, "not a number"),
-        (math.nan, "not a number"),
-    ],
-)
-def test_number(value: float | None, shown: str) -> None:
-    assert number(value) == shown
-
-
-# shared words
-
-
-@pytest.mark.parametrize(
-    ("truth", "answer"),
-    [
-        ("Ada was born in Oslo.", "Ada was born in Oslo."),
-        ("Ada was born in Oslo.", "in Oslo, Ada was  born!"),
-        ("She writes novels", "She was writing a novel — again: novels"),
-        ("a b c d e f", "f e d c b a c d"),
-        ("Ada", ""),
-        ("", "Ada"),
-        ("Éa’s café", "Éa’s café ☕"),
-    ],
-)
-def test_marked_words_are_those_that_rouge_counts(truth: str, answer: str) -> None:
-    pieces = shared_pieces(truth, answer)
-    assert "".join(piece.text for piece in pieces) == answer
-    marked = sum(len(re.findall("[A-Za-z0-9]+", p.text)) for p in pieces if p.shared)
-    total = len(re.findall("[A-Za-z0-9]+", truth))
-    assert (marked / total if total else 0.0) == pytest.approx(rouge_l_recall(truth, answer))
-
-
-def test_words_between_shared_ones_are_not_marked() -> None:
-    assert shared_pieces("Ada was born", "Ada, was she born?") == [
-        Piece("Ada, was", True),
-        Piece(" she ", False),
-        Piece("born", True),
-        Piece("?", False),
-    ]
+def test_hostile_text_in_the_parts_of_a_large_report(tmp_path: Path) -> None:
+    given = rich()
+    given["leakage"]["after"]["rule"] = NASTY
+    given["warnings"] = [NASTY]
+    given["settings"] = {NASTY: {NASTY: [NASTY, {NASTY: NASTY}]}}
+    given["selected"]["metric"] = NASTY
+    for part in ("metrics", "details"):
+        given[part]["after"][NASTY] = 0.5 if part == "metrics" else detail(0.5, None, "lower")
+    write_report(tmp_path, given)
+    page = Page((tmp_path / "report.html").read_text())
+    assert not {"script", "img"} & {tag for tag, _ in page.tags}
+    assert page.text.count('<script>alert("x")</script>') >= 8
+    text = (tmp_path / "report.md").read_text()
+    outside_code = re.sub(r"`[^`]*`|^    .*$", "", text, flags=re.MULTILINE)
+    assert not re.search(r"(?<!\\)<script|(?<!\\)!\[i|(?<!\\)\[a\]", outside_code)
 
 
 # the curve
 
 
 def test_the_curve_names_every_line_and_nothing_else() -> None:
-    svg = draw_curve(results()["training"]["curve"])
-    assert svg is not None
+    plot = draw_curve(results()["training"]["curve"])
+    assert plot is not None
+    svg = plot.svg
     for label in ("Forget set", "Retain set", "npo 0.7", "nll 0.2", "optimiser step"):
         assert f">{label}<" in svg
     assert "learning_rate" not in svg
@@ -367,10 +370,10 @@ def test_without_a_loss_there_is_no_curve(curve: list[dict[str, Any]]) -> None:
 
 
 def test_gaps_and_single_points_are_drawn() -> None:
-    svg = draw_curve([{"step": 1, "forget/npo": math.nan}, {"step": 2, "forget/npo": 0.5}])
-    assert svg is not None
-    assert ">npo 0.5<" in svg
-    assert "nan" not in svg.lower()
+    plot = draw_curve([{"step": 1, "forget/npo": math.nan}, {"step": 2, "forget/npo": 0.5}])
+    assert plot is not None
+    assert ">npo 0.5<" in plot.svg
+    assert "nan" not in plot.svg.lower()
 
 
 def test_objective_names_are_escaped(tmp_path: Path) -> None:

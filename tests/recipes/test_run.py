@@ -110,7 +110,7 @@ def test_retain_model_is_measured_in_the_same_precision(recipe, monkeypatch):
     monkeypatch.setattr(models, "load_model", watched)
     changes = ("model.retain_model=model", "model.dtype=bfloat16", "training.max_steps=1")
     results = run(recipe("npo", *changes, "training.warmup_steps=0"))
-    assert seen == [("model", "bfloat16"), ("out/model", "bfloat16"), ("model", "bfloat16")]
+    assert seen == [("model", "bfloat16"), ("model", "bfloat16"), ("out/model", "bfloat16")]
     assert results["metrics"]["retain_model"] == results["metrics"]["before"]
 
 

@@ -1,11 +1,17 @@
 """Reading one data file into rows, with the line or row at fault in every error.
 
+Corpora of plain text have no columns: a line of a ``.txt`` file, and a line of a ``.jsonl`` file
+that is a JSON string, is a row with a ``text``. The lines of a ``.jsonl`` file that are no JSON are
+texts only when none of them begins like JSON (WMDP's corpora come in all three forms): one damaged
+line makes no text of its file.
+
 Files are read here and not through ``datasets``, which would guess column types (an answer "1984"
 becomes a number), fill absent columns with nulls, keep a second copy and blame no line.
 """
 
 import csv
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +21,8 @@ from unlearn.errors import UserError
 Row = dict[str, Any]
 
 JSON_FORMS = "a .json or .jsonl file holds one object per line, or one array of objects"
+LINE_FORMS = f"{JSON_FORMS}; give a file of plain text the extension .txt"
+JSON_STARTS = ("{", "[", '"')
 LONGEST_CELL = 2**31 - 1  # csv refuses cells above 131,072 characters unless told otherwise
 
 
@@ -49,9 +57,32 @@ def _read_json(path: Path) -> list[Row]:
     text = path.read_text(encoding="utf-8-sig")
     if text.lstrip().startswith("["):
         return _objects(path, [(f"entry {n}", value) for n, value in _json_array(path, text)])
-    # not str.splitlines, which also cuts at characters that JSON allows inside strings (U+2028)
-    lines = [(n, line) for n, line in enumerate(text.split("\n"), start=1) if line.strip()]
-    return _objects(path, [(f"line {n}", _json_line(path, n, line)) for n, line in lines])
+    lines = _lines(text)
+    if path.suffix.lower() == ".jsonl" and lines and not any(map(_looks_like_json, lines.values())):
+        warnings.warn(f"'{path}' holds no JSON: each line is read as one text", stacklevel=2)
+        return [{"text": line} for line in lines.values()]
+    values = [(f"line {n}", _json_line(path, n, line)) for n, line in lines.items()]
+    return _objects(path, [(n, {"text": v} if isinstance(v, str) else v) for n, v in values])
+
+
+def _read_text(path: Path) -> list[Row]:
+    """Read one text per line; blank lines separate nothing and are left out."""
+    return [{"text": line} for line in _lines(path.read_text(encoding="utf-8-sig")).values()]
+
+
+def _lines(text: str) -> dict[int, str]:
+    """Give the lines that are not blank by number.
+
+    Not with ``str.splitlines``, which also cuts at characters that JSON allows inside strings
+    (U+2028).
+    """
+    lines = enumerate(text.split("\n"), start=1)
+    return {number: line.strip() for number, line in lines if line.strip()}
+
+
+def _looks_like_json(line: str) -> bool:
+    """Whether a line was meant as JSON, damaged or not."""
+    return line.startswith(JSON_STARTS)
 
 
 def _json_array(path: Path, text: str) -> list[tuple[int, Any]]:
@@ -66,7 +97,7 @@ def _json_line(path: Path, number: int, line: str) -> Any:
         return json.loads(line)
     except (ValueError, RecursionError) as error:
         cause = str(error).replace("line 1 column", "column")  # the line is named in front
-        raise UserError(f"'{path}' line {number} is not JSON: {cause}", JSON_FORMS) from error
+        raise UserError(f"'{path}' line {number} is not JSON: {cause}", LINE_FORMS) from error
 
 
 def _objects(path: Path, values: list[tuple[str, Any]]) -> list[Row]:
@@ -129,4 +160,5 @@ READERS: dict[str, Callable[[Path], list[Row]]] = {
     ".json": _read_json,
     ".jsonl": _read_json,
     ".parquet": _read_parquet,
+    ".txt": _read_text,
 }

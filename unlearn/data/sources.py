@@ -91,6 +91,8 @@ def load_rows(
 
 def _load(source: Source, spec: str, *, offline: bool) -> list[Row]:
     if source.local.is_dir():
+        if file := _file_of(source):
+            return _rows_of(file, source)
         saved = [source.local / name for name in ("state.json", "dataset_dict.json")]
         with _quiet_datasets(spec, offline=offline):
             if any(path.is_file() for path in saved):
@@ -104,14 +106,26 @@ def _load(source: Source, spec: str, *, offline: bool) -> list[Row]:
         return _from_datasets(source.path, source)
 
 
+def _file_of(source: Source) -> Path | None:
+    """Find a configuration's file in a folder that has no dataset card: ``forget10.json``."""
+    if source.config is None or (source.local / "README.md").exists():
+        return None
+    files = (source.local / f"{source.config}{suffix}" for suffix in READERS)
+    return next((file for file in files if file.is_file()), None)
+
+
 def _from_file(source: Source) -> list[Row]:
     if source.config is not None:
         raise UserError(
             f"'{source.path}' is a file and has no configuration '{source.config}'",
             "leave #CONFIG out; only folders and hub datasets have configurations",
         )
+    return _rows_of(source.local, source)
+
+
+def _rows_of(file: Path, source: Source) -> list[Row]:
     split = _choose_split(source, ["train"])
-    rows = read_file(source.local)
+    rows = read_file(file)
     return rows if split == "train" else _sliced(split, {"train": rows})
 
 
@@ -192,12 +206,27 @@ def _not_found(source: Source) -> UserError:
 def _quiet_datasets(spec: str, *, offline: bool) -> Iterator[None]:
     """Silence ``datasets`` for a while and turn each of its many errors into one line."""
     import datasets  # noqa: PLC0415
-    import huggingface_hub  # noqa: PLC0415
     import pyarrow  # type: ignore[import-untyped] # noqa: PLC0415
     import yaml  # noqa: PLC0415
 
     failures = (OSError, ValueError, RuntimeError, TypeError, KeyError, pyarrow.ArrowException,
                 yaml.YAMLError, datasets.exceptions.DatasetsError)  # fmt: skip
+    with quiet_hub(offline=offline) as is_offline:
+        try:
+            yield
+        except failures as error:
+            raise _explained(error, spec, offline=is_offline) from error
+
+
+@contextmanager
+def quiet_hub(*, offline: bool) -> Iterator[bool]:
+    """Silence ``datasets`` for a while and, if asked for, keep it and the hub's client offline.
+
+    Yields whether they are offline, which the environment may also have asked for.
+    """
+    import datasets  # noqa: PLC0415
+    import huggingface_hub  # noqa: PLC0415
+
     offline = offline or huggingface_hub.constants.HF_HUB_OFFLINE
     with ExitStack() as stack:
         stack.enter_context(_silenced(datasets))
@@ -206,10 +235,7 @@ def _quiet_datasets(spec: str, *, offline: bool) -> Iterator[None]:
         for module in modules:
             stack.callback(setattr, module, "HF_HUB_OFFLINE", module.HF_HUB_OFFLINE)
             module.HF_HUB_OFFLINE = offline
-        try:
-            yield
-        except failures as error:
-            raise _explained(error, spec, offline=offline) from error
+        yield offline
 
 
 @contextmanager

@@ -3,17 +3,13 @@
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
 from unlearn.data import Template, encode, pad_token_id
-from unlearn.data.collate import batches_by_length, pad
 from unlearn.detect import loss, min_k, zlib_ratio
 from unlearn.errors import UserError
 from unlearn.models import ModelSource, load_model, load_tokenizer
-from unlearn.scores import Scorer
+from unlearn.scoring import scored
 
 
-@torch.no_grad()
 def score_texts(
     model_path: str, texts: Sequence[str], *, k: float = 0.2, offline: bool = False
 ) -> list[dict[str, Any]]:
@@ -35,10 +31,7 @@ def score_texts(
     first = {example.row: example for example in reversed(encoded)}
     examples = [first[row] for row in range(len(texts))]
     found: list[dict[str, Any]] = [{}] * len(texts)
-    scorer = Scorer.for_model(model)
-    for group in batches_by_length([len(e.input_ids) for e in examples], 8192):
-        batch = pad([examples[row] for row in group], pad_token_id(tokenizer))
-        scores = scorer(model, {key: value.to(model.device) for key, value in batch.items()})
+    for group, scores in scored(model, examples, pad_id=pad_token_id(tokenizer)):
         chosen = [texts[row] for row in group]
         columns = {"loss": loss(scores, chosen), "zlib": zlib_ratio(scores, chosen)}
         columns["min_k"] = min_k(scores, chosen, k=k)

@@ -1,0 +1,72 @@
+"""What the numbers of a run do not show. What was measured here is left out of the list."""
+
+from collections.abc import Sequence
+
+from unlearn.evals.table import Row
+
+WEIGHTS = (
+    "Whether the information is gone from the weights. A low probability of the true answer can be "
+    "undone by a few steps of fine-tuning, by quantisation or by another prompt; {tried}."
+)
+ONE_WORDING = (
+    "Other wordings. Each question was asked in its one wording and answered once, greedily: no "
+    "paraphrases, other languages, answers begun for the model, or sampling."
+)
+FEW_WORDINGS = (
+    "Wordings beyond those in the table: other languages, longer conversations, or sampling. Every "
+    "answer was written once, greedily."
+)
+NO_MEMBERSHIP = (
+    "Whether an outsider could tell that something was unlearned, or that the forget set was once "
+    "trained on: no membership test was run."
+)
+MEMBERSHIP = (
+    "Whether a stronger attacker could tell that something was unlearned: the membership tests "
+    "here look at the model's probabilities once, without shadow models."
+)
+UTILITY = (
+    "General abilities. The retain set stands only for itself; rows that the run trained on are "
+    "easier to keep than knowledge that it never saw."
+)
+QUALITY = (
+    "Equality with the retain model. Forget quality compares one number per row; a high p means "
+    "that this test on these rows found no difference, not that there is none."
+)
+LEAKAGE = (
+    "Leakage under another rule or to another question. The bounds take the rows for a random "
+    "sample of such rows; rows about one person are alike, which makes the true bounds wider."
+)
+ONE_RUN = "Other runs. ± and intervals cover the choice of rows, not the seed of the training."
+TRUTH = (
+    "Truth or harm of an answer. ROUGE-L counts words in common with the true answer; a wrong "
+    "answer can share many, a right one few."
+)
+NO_RETAIN_MODEL = (
+    "The distance to a model that never saw the forget set: no retain model was given."
+)
+
+
+def limits(rows: Sequence[Row], *, leakage: bool = False) -> list[str]:
+    """List what a reader must not conclude, given what was measured."""
+    measured = {row.name for row in rows}
+    worded = any("_PARA_Q_A" in name or "jailbreak" in name for name in measured)
+    attacked = any(name.startswith("mia_") or name == "privleak" for name in measured)
+    tried = (
+        "only the other prompts in the table were tried"
+        if worded
+        else "none of these was tried here"
+    )
+    found = [
+        WEIGHTS.format(tried=tried),
+        FEW_WORDINGS if worded else ONE_WORDING,
+        MEMBERSHIP if attacked else NO_MEMBERSHIP,
+        UTILITY,
+    ]
+    if "forget_quality" in measured:
+        found.append(QUALITY)
+    if leakage:
+        found.append(LEAKAGE)
+    found += [ONE_RUN, TRUTH]
+    if not any(row.retain_model for row in rows):
+        found.append(NO_RETAIN_MODEL)
+    return found
