@@ -65,7 +65,7 @@ def _answer(text: str, truth: str | None) -> "Text":
     shown = shortened(text, 600) or "(nothing)"
     if truth is None:
         return Text(shown)
-    from unlearn.evals.overlap import shared_pieces
+    from unlearn.evals.report.overlap import shared_pieces
 
     parts = [(piece.text, SHARED if piece.shared else "") for piece in shared_pieces(truth, shown)]
     return Text.assemble(*parts)

@@ -13,7 +13,7 @@ from unlearn.cli.tofu import EPILOG, tofu
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from unlearn.evals.harness_run import Evaluation, Ready
+    from unlearn.evals.harness.run import Evaluation, Ready
     from unlearn.models import ModelSource
 
 app = typer.Typer(
@@ -108,7 +108,7 @@ def wmdp(
     how = {"limit": limit, "batch_size": batch_size, "chat_template": chat_template}
 
     def find() -> "Ready":
-        from unlearn.evals.wmdp import Wmdp
+        from unlearn.evals.harness.wmdp import Wmdp
 
         return Wmdp.find(tasks, data=data, offline=offline)
 
@@ -150,7 +150,7 @@ def lm_eval(
     how["num_fewshot"] = num_fewshot
 
     def find() -> "Ready":
-        from unlearn.evals.harness import find_tasks
+        from unlearn.evals.harness.tasks import find_tasks
 
         names = [name.strip() for name in tasks.split(",") if name.strip()]
         return find_tasks(names, offline=offline)
@@ -258,7 +258,7 @@ def import_(
 ) -> None:
     """Forget quality, model utility and every metric from the log of another tool."""
     from unlearn.cli.eval_tables import print_import
-    from unlearn.evals.logs import import_log
+    from unlearn.evals.tofu.logs import import_log
 
     found = import_log(log, retain_logs, truth_ratio=truth_ratio.value)
     say(found, json=json, people=print_import)
@@ -273,8 +273,8 @@ def _measure(
         check_new(out)
     source = model()
     emit(START)
-    from unlearn.evals.harness import HarnessSettings
-    from unlearn.evals.harness_run import measure
+    from unlearn.evals.harness.run import measure
+    from unlearn.evals.harness.tasks import HarnessSettings
 
     settings = HarnessSettings(**how, log_samples=out is not None)
     found = measure(source, find, settings, emit=emit)

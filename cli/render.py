@@ -68,7 +68,7 @@ def _blocks(results: dict[str, Any]) -> Any:
     """Set many metrics out in blocks, as the report does."""
     from rich.table import Table
 
-    from unlearn.evals.table import blocks, columns, table
+    from unlearn.evals.report.table import blocks, columns, table
 
     rows = table(results)
     models = columns(rows)

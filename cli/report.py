@@ -30,18 +30,18 @@ def report(
 
     Several runs become one page: the leaderboard first, then each run.
     """
-    from unlearn.evals.folders import open_folders
+    from unlearn.evals.report.folders import open_folders
 
     found = open_folders(runs)
     folder, stem = _place(out, found[0].folder if len(found) == 1 else Path("report"), "report")
     with _written_to(folder):
         if len(found) == 1:
-            from unlearn.evals.report import write_report
+            from unlearn.evals.report.write import write_report
 
             content = write_report(folder, found[0].results, stem=stem)
             said = [content["headline"]]
         else:
-            from unlearn.evals.leaderboard import write_reports
+            from unlearn.evals.report.leaderboard import write_reports
 
             content = write_reports(folder, found, stem=stem)
             ranked = content["leaderboard"]
@@ -68,12 +68,12 @@ def compare(
     json: Json = False,
 ) -> None:
     """Rank runs by forgetting and utility; seeds of one recipe are one row."""
-    from unlearn.evals.compare import compare as compare_runs
-    from unlearn.evals.folders import open_folders
+    from unlearn.evals.report.compare import compare as compare_runs
+    from unlearn.evals.report.folders import open_folders
 
     comparison = compare_runs(open_folders(runs), x=x, y=y)
     if out:
-        from unlearn.evals.leaderboard import write_comparison
+        from unlearn.evals.report.leaderboard import write_comparison
 
         folder, stem = _place(out, out, "compare")
         with _written_to(folder):
@@ -174,7 +174,7 @@ def _leaderboard(comparison: dict[str, Any]) -> None:
 
 
 def _cell(estimate: dict[str, Any] | None) -> str:
-    from unlearn.evals.table import number
+    from unlearn.evals.report.table import number
 
     if estimate is None:
         return "–"

@@ -9,7 +9,7 @@ from unlearn.cli.entry import Json, Offline, go_offline, say
 from unlearn.cli.progress import listening
 
 if TYPE_CHECKING:
-    from unlearn.evals.table import Cell, Row
+    from unlearn.evals.report.table import Cell, Row
 
 GIVEN, HOW = "What is evaluated", "How it is evaluated"
 ARROWS = {"lower": "↓", "higher": "↑", "none": ""}
@@ -186,8 +186,8 @@ def tofu(
     go_offline(offline)
     with listening() as emit:
         emit({"event": "stage", "stage": "start"})
-        from unlearn.evals.tofu import TofuOptions
-        from unlearn.evals.tofu_run import TofuRequest, measure_tofu
+        from unlearn.evals.tofu.benchmark import TofuOptions
+        from unlearn.evals.tofu.run import TofuRequest, measure_tofu
         from unlearn.models import ModelSource
 
         source = ModelSource(model, dtype=dtype, offline=offline)  # type: ignore[arg-type]
@@ -220,7 +220,7 @@ def _table(results: dict[str, Any]) -> Any:
     from rich.table import Table
 
     from unlearn.cli.render import PLAIN
-    from unlearn.evals.table import blocks, table
+    from unlearn.evals.report.table import blocks, table
 
     rows = table(results)
     compared = any(row.retain_model for row in rows)
@@ -252,7 +252,7 @@ def _value(cell: "Cell | None") -> str:
 
 
 def _number(value: float) -> str:
-    from unlearn.evals.table import number
+    from unlearn.evals.report.table import number
 
     return number(value)
 

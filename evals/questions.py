@@ -12,7 +12,7 @@ from unlearn.data import Row, Template, load_rows, pad_token_id, row_kind
 from unlearn.errors import UserError
 from unlearn.evals.answers import Evaluator
 from unlearn.evals.metrics import rouge_l_recall
-from unlearn.evals.page import markdown
+from unlearn.evals.report.page import markdown
 
 Emit = Callable[[dict[str, Any]], None]
 Texts = dict[str, str | None]

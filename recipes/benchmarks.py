@@ -9,14 +9,14 @@ from unlearn.data import Template
 from unlearn.errors import UserError
 from unlearn.evals.benchmark import Benchmark, Progress, Result
 from unlearn.evals.forget_retain import ForgetRetain, Split
-from unlearn.evals.logs import read_retain_logs, retain_side
 from unlearn.evals.statistics import RetainSide
-from unlearn.evals.tofu import Tofu, TofuOptions
-from unlearn.evals.tofu_compare import (
+from unlearn.evals.tofu.benchmark import Tofu, TofuOptions
+from unlearn.evals.tofu.compare import (
     check_rows,
     compare_with_retain,
     open_unlearning_aggregate,
 )
+from unlearn.evals.tofu.logs import read_retain_logs, retain_side
 from unlearn.recipes.schema import HarnessSection, Recipe
 
 
@@ -128,7 +128,7 @@ class _Harness:
     def run(
         self, model: Any, tokenizer: Any, *, progress: Progress = lambda stage, done, total: None
     ) -> Result:
-        from unlearn.evals.harness import HarnessSettings  # noqa: PLC0415
+        from unlearn.evals.harness.tasks import HarnessSettings  # noqa: PLC0415
 
         settings = HarnessSettings(limit=self.limit)
         return self.measure(model, tokenizer, settings, progress=progress)
@@ -138,8 +138,8 @@ def _harness(section: HarnessSection | None, offline: bool) -> tuple[Benchmark, 
     if section is None:
         return ()
     # lm-eval takes seconds to import, and only recipes with its tasks need it
-    from unlearn.evals.harness import find_tasks  # noqa: PLC0415
-    from unlearn.evals.wmdp import Wmdp  # noqa: PLC0415
+    from unlearn.evals.harness.tasks import find_tasks  # noqa: PLC0415
+    from unlearn.evals.harness.wmdp import Wmdp  # noqa: PLC0415
 
     names = section.tasks
     own = all(name == "mmlu" or name.startswith("wmdp") for name in names)

@@ -20,7 +20,7 @@ from transformers import set_seed
 from unlearn import models, monitors
 from unlearn.errors import UserError
 from unlearn.evals.benchmark import Result
-from unlearn.evals.report import strict, write_report
+from unlearn.evals.report.write import strict, write_report
 from unlearn.recipes.files import dump
 from unlearn.recipes.inputs import absolute
 from unlearn.recipes.plan import plan_run, require_disk

@@ -15,7 +15,7 @@ from unlearn.cli import detect, entry, main
 from unlearn.cli.data import columns_of
 from unlearn.data.people import demo_folder
 from unlearn.evals.forget_retain import MEASURES
-from unlearn.evals.table import MEASURES as TOFU_MEASURES
+from unlearn.evals.report.table import MEASURES as TOFU_MEASURES
 from unlearn.objectives import OBJECTIVES, Objective, batch_loss, sequence
 from unlearn.recipes import files
 from unlearn.recipes.mistakes import find_mistakes

@@ -212,7 +212,7 @@ def test_a_model_that_gives_nan(
 def test_memory_that_runs_out_is_named(eval_tofu: Callable[..., Outcome], monkeypatch: Any) -> None:
     import torch
 
-    from unlearn.evals.tofu import Tofu
+    from unlearn.evals.tofu.benchmark import Tofu
 
     def run_out(*arguments: Any, **named: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")

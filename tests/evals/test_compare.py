@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from unlearn.errors import UserError
-from unlearn.evals.compare import compare, draw_comparison, t_interval
-from unlearn.evals.folders import Found, open_folder, open_folders
-from unlearn.evals.leaderboard import write_comparison, write_reports
-from unlearn.evals.pareto import pareto_front
+from unlearn.evals.report.compare import compare, draw_comparison, t_interval
+from unlearn.evals.report.folders import Found, open_folder, open_folders
+from unlearn.evals.report.leaderboard import write_comparison, write_reports
+from unlearn.evals.report.pareto import pareto_front
 
 NASTY = '<script>alert("x")</script> ![i](https://evil.example/a.png) | `c` \u202e'
 

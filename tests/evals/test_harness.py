@@ -12,9 +12,9 @@ import torch
 import yaml
 
 from unlearn.errors import UserError
-from unlearn.evals.harness import HarnessSettings, accuracy, find_tasks, run_tasks, wilson
-from unlearn.evals.harness_run import to_lm_eval_logs
-from unlearn.evals.wmdp import Wmdp
+from unlearn.evals.harness.run import to_lm_eval_logs
+from unlearn.evals.harness.tasks import HarnessSettings, accuracy, find_tasks, run_tasks, wilson
+from unlearn.evals.harness.wmdp import Wmdp
 
 SUBJECTS = ("anatomy", "virology")
 SIZES = {"wmdp-bio": 12, "wmdp-chem": 8, "wmdp-cyber": 20, "mmlu": 16}

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binom
 
-from unlearn.evals.evidence import leakage_note, leakage_rows, percent
 from unlearn.evals.leakage import leakage, upper_bound
+from unlearn.evals.report.evidence import leakage_note, leakage_rows, percent
 
 
 def record(split: str = "forget", **fields: Any) -> dict[str, Any]:

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from unlearn.errors import UserError
-from unlearn.evals.logs import import_log, read_log, read_retain_logs, write_logs
-from unlearn.evals.open_unlearning import to_open_unlearning
+from unlearn.evals.tofu.logs import import_log, read_log, read_retain_logs, write_logs
+from unlearn.evals.tofu.open_unlearning import to_open_unlearning
 
 FULL, RETAIN = "llama2-7b_full.json.gz", "llama2-7b_retain90.json.gz"
 

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from unlearn.evals.metrics import rouge_l_recall
-from unlearn.evals.overlap import Piece, shared_pieces
+from unlearn.evals.report.overlap import Piece, shared_pieces
 
 
 @pytest.mark.parametrize(

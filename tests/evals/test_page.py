@@ -19,9 +19,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from unlearn.evals.folders import Found
-from unlearn.evals.leaderboard import write_reports
-from unlearn.evals.report import write_report
+from unlearn.evals.report.folders import Found
+from unlearn.evals.report.leaderboard import write_reports
+from unlearn.evals.report.write import write_report
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 FLAGS = (

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unlearn.evals.ecdf import draw_ecdf, ks_distance, shares, usable_ratios
-from unlearn.evals.labels import Box, place_labels
-from unlearn.evals.tradeoff import choose_axes, draw_tradeoff, path_of
+from unlearn.evals.report.ecdf import draw_ecdf, ks_distance, shares, usable_ratios
+from unlearn.evals.report.labels import Box, place_labels
+from unlearn.evals.report.tradeoff import choose_axes, draw_tradeoff, path_of
 
 DIRECTIONS = {"forget_Q_A_Prob": "lower", "retain_Q_A_Prob": "higher", "model_utility": "higher"}
 

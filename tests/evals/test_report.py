@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from unlearn.evals.curve import draw_curve
-from unlearn.evals.page import markdown
-from unlearn.evals.report import write_report
-from unlearn.evals.table import Cell, table
+from unlearn.evals.report.curve import draw_curve
+from unlearn.evals.report.page import markdown
+from unlearn.evals.report.table import Cell, table
+from unlearn.evals.report.write import write_report
 
 NASTY = '<script>alert("x")</script> ![i](https://evil.example/a.png) [a](b) | `c` & \x1b\u202e'
 

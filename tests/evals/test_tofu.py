@@ -14,9 +14,9 @@ import torch
 from unlearn.errors import UserError
 from unlearn.evals.benchmark import Result
 from unlearn.evals.statistics import RetainSide
-from unlearn.evals.tofu import Tofu, TofuOptions
-from unlearn.evals.tofu_compare import compare_with_retain, open_unlearning_aggregate
-from unlearn.evals.tofu_data import max_tokens, sheet_of
+from unlearn.evals.tofu.benchmark import Tofu, TofuOptions
+from unlearn.evals.tofu.compare import compare_with_retain, open_unlearning_aggregate
+from unlearn.evals.tofu.data import max_tokens, sheet_of
 from unlearn.models import weights_hash
 
 NAMES = ("Ada", "Bo", "Cy", "Di", "Ed", "Flo")
@@ -410,7 +410,7 @@ def test_both_evaluators_agree_where_nothing_is_hidden(
     folder: Path, tiny_model: Any, tiny_tokenizer: Any
 ) -> None:
     from unlearn.evals.answers import Evaluator
-    from unlearn.evals.tofu_compat import OpenUnlearningEvaluator, hides_tokens
+    from unlearn.evals.tofu.compat import OpenUnlearningEvaluator, hides_tokens
 
     benchmark = load(folder)
     model = taught(tiny_model, tiny_tokenizer, benchmark, ("forget", "retain"))
@@ -428,7 +428,7 @@ def test_both_evaluators_agree_where_nothing_is_hidden(
 
 
 def test_open_unlearning_tidies_texts_before_rouge(tiny_tokenizer: Any) -> None:
-    from unlearn.evals.tofu_compat import tidied
+    from unlearn.evals.tofu.compat import tidied
 
     rows = [{"question": "Is it ?", "answer": "It is n't , no .", "perturbed_answer": ["a ."]}]
     assert tidied(rows, tiny_tokenizer)[0] == {

@@ -13,8 +13,8 @@ import pytest
 
 from unlearn.evals.benchmark import Result
 from unlearn.evals.statistics import RetainSide
-from unlearn.evals.tofu import Tofu, TofuOptions
-from unlearn.evals.tofu_compare import compare_with_retain
+from unlearn.evals.tofu.benchmark import Tofu, TofuOptions
+from unlearn.evals.tofu.compare import compare_with_retain
 from unlearn.models import load_model, load_tokenizer
 
 MODELS = ("target", "retain90")

@@ -5,11 +5,11 @@ import re
 
 import pytest
 
-from unlearn.evals.evidence import evidence
-from unlearn.evals.facts import duration
-from unlearn.evals.report import describe
-from unlearn.evals.table import Cell, Row, number
-from unlearn.evals.verdict import headline, verdict
+from unlearn.evals.report.evidence import evidence
+from unlearn.evals.report.facts import duration
+from unlearn.evals.report.table import Cell, Row, number
+from unlearn.evals.report.verdict import headline, verdict
+from unlearn.evals.report.write import describe
 
 
 def row(name: str, before: float, after: float, retain: float | None = None) -> Row:

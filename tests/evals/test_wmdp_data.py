@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from unlearn.errors import UserError
-from unlearn.evals.wmdp_data import chosen, read_questions
+from unlearn.evals.harness.wmdp_data import chosen, read_questions
 
 ROWS = [
     {"question": f"What is {n}?", "choices": [f"{n}a", f"{n}b", "c, d", "e"], "answer": n % 4}

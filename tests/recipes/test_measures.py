@@ -1,4 +1,4 @@
-"""TOFU as the benchmark of a run: compared with the retain model, on the way, the best step kept."""
+"""TOFU as the benchmark of a run: compared with the retain model, the best measured step kept."""
 
 import json
 from pathlib import Path
@@ -87,7 +87,7 @@ def test_constraints_that_no_step_meets_are_reported(recipe: Any) -> None:
 
 
 def test_mistakes_are_named_before_training(recipe: Any, tofu: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="metric in evals.select_best: 'utility'"):
+    with pytest.raises(UserError, match=r"metric in evals\.select_best: 'utility'"):
         run(recipe("evals.every=1", "evals.generate=false", "evals.select_best.metric=utility"))
     assert not (tmp_path / "run" / "checkpoints").exists()
     (tofu / "world_facts_perturbed.json").unlink()

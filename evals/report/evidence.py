@@ -3,10 +3,10 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from unlearn.evals.ecdf import Distance
 from unlearn.evals.leakage import CONFIDENCE
-from unlearn.evals.table import COLUMNS, Row, number
-from unlearn.evals.verdict import ALPHA, Paragraph, forget_quality, model_utility
+from unlearn.evals.report.ecdf import Distance
+from unlearn.evals.report.table import COLUMNS, Row, number
+from unlearn.evals.report.verdict import ALPHA, Paragraph, forget_quality, model_utility
 
 
 def evidence(

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 from matplotlib.axes import Axes
 
-from unlearn.evals.labels import label_points
-from unlearn.evals.plots import FAINT, LINES, PAPER, Plot, drawing, to_plot
-from unlearn.evals.table import number
-from unlearn.evals.tradeoff import Axis, Point, finish, mark
+from unlearn.evals.report.labels import label_points
+from unlearn.evals.report.plots import FAINT, LINES, PAPER, Plot, drawing, to_plot
+from unlearn.evals.report.table import number
+from unlearn.evals.report.tradeoff import Axis, Point, finish, mark
 
 Bounds = tuple[float, float] | None
 Frame = tuple[tuple[float, float], tuple[float, float]]

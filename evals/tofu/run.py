@@ -22,13 +22,13 @@ from unlearn.errors import RunFailed, UserError
 from unlearn.evals.benchmark import Metric, Record, Result
 from unlearn.evals.fluency import perplexity
 from unlearn.evals.leakage import leakage
-from unlearn.evals.logs import read_retain_logs, retain_side, write_logs
-from unlearn.evals.report import write_report
+from unlearn.evals.report.write import write_report
 from unlearn.evals.side_by_side import side_by_side
 from unlearn.evals.statistics import RetainSide, mean_with_interval, with_interval
-from unlearn.evals.tofu import Tofu, TofuOptions
-from unlearn.evals.tofu_compare import check_rows, compare_with_retain
-from unlearn.evals.tofu_data import encode_answered, max_tokens
+from unlearn.evals.tofu.benchmark import Tofu, TofuOptions
+from unlearn.evals.tofu.compare import check_rows, compare_with_retain
+from unlearn.evals.tofu.data import encode_answered, max_tokens
+from unlearn.evals.tofu.logs import read_retain_logs, retain_side, write_logs
 from unlearn.monitors import peak_memory_bytes
 from unlearn.runs import RunFolder, command_line, versions, write_atomic, write_json
 

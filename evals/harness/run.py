@@ -11,8 +11,8 @@ from typing import Any, Protocol
 
 from unlearn import models
 from unlearn.evals.benchmark import Progress, Result
-from unlearn.evals.harness import HarnessSettings
-from unlearn.evals.report import strict, write_report
+from unlearn.evals.harness.tasks import HarnessSettings
+from unlearn.evals.report.write import strict, write_report
 from unlearn.monitors import peak_memory_bytes
 from unlearn.runs import command_line, versions, write_json
 

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from unlearn.evals.table import SPLITS, Cell, Row, difference, number
+from unlearn.evals.report.table import SPLITS, Cell, Row, difference, number
 
 SURE = 2.0
 """A difference counts when it exceeds this many combined standard errors of the two means."""

@@ -7,7 +7,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from unlearn.evals.plots import LINES, Plot, drawing, tidy, to_plot
+from unlearn.evals.report.plots import LINES, Plot, drawing, tidy, to_plot
 
 TITLES = {"forget": "Forget set", "retain": "Retain set"}
 

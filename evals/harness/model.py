@@ -1,4 +1,4 @@
-"""Our model object as lm-eval's ``LM``; imports lm-eval, so only :mod:`unlearn.evals.harness` does.
+"""Our model object as lm-eval's ``LM``; imports lm-eval: import this module late.
 
 It differs from lm-eval's own ``HFLM`` in nothing that changes a number: it reports progress, finds
 batch sizes on a CPU without trying them out, and refuses a model that answers NaN.

@@ -21,8 +21,8 @@ from unlearn.evals.fluency import clean_probability
 from unlearn.evals.membership import gradnorm
 from unlearn.evals.metrics import EsVariant
 from unlearn.evals.statistics import TruthRatio, mean_with_interval
-from unlearn.evals.tofu_compat import OpenUnlearningEvaluator, hides_tokens, tidied
-from unlearn.evals.tofu_data import (
+from unlearn.evals.tofu.compat import OpenUnlearningEvaluator, hides_tokens, tidied
+from unlearn.evals.tofu.data import (
     Prompt,
     Sheet,
     check_probes,
@@ -30,7 +30,7 @@ from unlearn.evals.tofu_data import (
     load_holdout,
     sheet_of,
 )
-from unlearn.evals.tofu_records import (
+from unlearn.evals.tofu.records import (
     Reading,
     columns_of,
     epsilon_of,
@@ -49,7 +49,7 @@ class TofuOptions:
     paraphrased questions and the jailbreak lead-in, about as much writing again; ``gradnorm`` adds
     an attack that costs a forward and a backward pass per row of the forget and holdout sets.
     ``es`` None is ``exact``, or ``ou`` with ``compat="ou"``, which gives open-unlearning's numbers,
-    quirks included (see :mod:`unlearn.evals.tofu_compat`). ``seed`` is that of the bootstrap.
+    quirks included (see :mod:`unlearn.evals.tofu.compat`). ``seed`` is that of the bootstrap.
     """
 
     split: str = "forget10"

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from unlearn.evals.table import Row
+from unlearn.evals.report.table import Row
 
 WEIGHTS = (
     "Whether the information is gone from the weights. A low probability of the true answer can be "

@@ -36,7 +36,7 @@ from unlearn.evals.statistics import (
     utility_interval,
     with_interval,
 )
-from unlearn.evals.tofu_data import PARAPHRASED, Item, Rows, Sheet
+from unlearn.evals.tofu.data import PARAPHRASED, Item, Rows, Sheet
 from unlearn.scores import Scores
 
 Columns = dict[str, list[float | None]]

@@ -6,9 +6,9 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
-from unlearn.evals.labels import label_points
-from unlearn.evals.plots import INK, LINES, PAPER, Plot, drawing, tidy, to_plot
-from unlearn.evals.table import finite
+from unlearn.evals.report.labels import label_points
+from unlearn.evals.report.plots import INK, LINES, PAPER, Plot, drawing, tidy, to_plot
+from unlearn.evals.report.table import finite
 
 FORGETTING = (
     "forget_quality_log10_p",

@@ -9,17 +9,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from unlearn.evals.curve import draw_curve
-from unlearn.evals.ecdf import Distance, distances, draw_ecdf, usable_ratios
-from unlearn.evals.evidence import evidence, leakage_note, leakage_rows, ratio_note, reading
-from unlearn.evals.facts import partial, provenance, repeat, selected, training_line
-from unlearn.evals.limits import limits
-from unlearn.evals.overlap import shared_pieces
-from unlearn.evals.page import render
-from unlearn.evals.plots import Plot
-from unlearn.evals.table import COLUMNS, SPLITS, Cell, Row, blocks, columns, finite, table
-from unlearn.evals.tradeoff import draw_tradeoff, path_of
-from unlearn.evals.verdict import Paragraph, headline, verdict
+from unlearn.evals.report.curve import draw_curve
+from unlearn.evals.report.ecdf import Distance, distances, draw_ecdf, usable_ratios
+from unlearn.evals.report.evidence import evidence, leakage_note, leakage_rows, ratio_note, reading
+from unlearn.evals.report.facts import partial, provenance, repeat, selected, training_line
+from unlearn.evals.report.limits import limits
+from unlearn.evals.report.overlap import shared_pieces
+from unlearn.evals.report.page import render
+from unlearn.evals.report.plots import Plot
+from unlearn.evals.report.table import COLUMNS, SPLITS, Cell, Row, blocks, columns, finite, table
+from unlearn.evals.report.tradeoff import draw_tradeoff, path_of
+from unlearn.evals.report.verdict import Paragraph, headline, verdict
 from unlearn.runs import write_atomic, write_json
 
 FORMAT = "unlearn report 1"

@@ -12,7 +12,7 @@ from unlearn.errors import UserError
 from unlearn.evals.benchmark import Metric, Record, Result
 from unlearn.evals.membership import ATTACKS, privleak, reference, s_mia
 from unlearn.evals.statistics import RetainSide, forget_quality, harmonic, ks_interval
-from unlearn.evals.tofu_records import attack_metrics, mean_prob_mean
+from unlearn.evals.tofu.records import attack_metrics, mean_prob_mean
 
 MIN_K_RETAIN = 0.5
 """The retain model's AUC that PrivLeak assumes when none is known (open-unlearning)."""

@@ -4,9 +4,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from unlearn.errors import UserError
-from unlearn.evals.folders import Found
-from unlearn.evals.identity import identity
-from unlearn.evals.table import Row
+from unlearn.evals.report.folders import Found
+from unlearn.evals.report.identity import identity
+from unlearn.evals.report.table import Row
 
 HOW_ONLY = ("evals.every", "evals.batch_tokens", "evals.select_best")
 """Settings under ``evals`` that do not change what a number means."""

@@ -15,13 +15,6 @@ from typing import Any
 
 from unlearn.errors import UserError
 from unlearn.evals.benchmark import Metric, Record, Result
-from unlearn.evals.open_unlearning import (
-    SPLITS,
-    aggregates,
-    from_open_unlearning,
-    to_open_unlearning,
-)
-from unlearn.evals.original_tofu import AGAIN, BLOCKS, from_tofu, loss
 from unlearn.evals.statistics import (
     EPSILON,
     UTILITY_PARTS,
@@ -30,7 +23,14 @@ from unlearn.evals.statistics import (
     forget_quality,
 )
 from unlearn.evals.statistics import truth_ratio as ratio
-from unlearn.evals.tofu_records import Reading, metrics_of
+from unlearn.evals.tofu.open_unlearning import (
+    SPLITS,
+    aggregates,
+    from_open_unlearning,
+    to_open_unlearning,
+)
+from unlearn.evals.tofu.original import AGAIN, BLOCKS, from_tofu, loss
+from unlearn.evals.tofu.records import Reading, metrics_of
 from unlearn.runs import write_json
 
 __all__ = ["import_log", "read_log", "read_retain_logs", "to_open_unlearning", "write_logs"]

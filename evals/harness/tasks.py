@@ -136,7 +136,7 @@ def run_tasks(
     settings = settings or HarnessSettings()
     settings.check(tokenizer)
     found = tasks if isinstance(tasks, Tasks) else find_tasks(tasks)
-    from unlearn.evals.harness_model import HarnessModel  # noqa: PLC0415
+    from unlearn.evals.harness.model import HarnessModel  # noqa: PLC0415
 
     with quiet(), _seeded(), evaluation_mode(model):
         batch = settings.batch_size if settings.batch_size == "auto" else int(settings.batch_size)

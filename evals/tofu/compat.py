@@ -4,11 +4,11 @@ Reproduced here and in the modules named:
 
 - every token after the prompt is labelled, and EOS is appended unless it is the last one, so chat
   templates that write something after the end of a turn (Qwen) get a second EOS
-  (:mod:`unlearn.evals.tofu_data`);
+  (:mod:`unlearn.evals.tofu.data`);
 - tokens equal to the padding token are hidden from attention, which hides every turn's end inside
   the prompt where a model pads with EOS (Llama 3 chat; open-unlearning issue 128);
 - 1e-10 in the denominators of truth ratio and normalised probability, extraction strength 1/n where
-  the last prediction is wrong (:mod:`unlearn.evals.tofu_records`);
+  the last prediction is wrong (:mod:`unlearn.evals.tofu.records`);
 - ``clean_up_tokenization_spaces``: spaces before punctuation are removed from written and true
   answers before ROUGE.
 
@@ -30,7 +30,7 @@ from unlearn.data import Example, Row, pad_token_id
 from unlearn.data.collate import batches_by_length, pad
 from unlearn.evals.answers import GENERATION_BUDGET, Evaluator
 from unlearn.evals.generate import evaluation_mode, stop_ids
-from unlearn.evals.tofu_data import Sheet
+from unlearn.evals.tofu.data import Sheet
 from unlearn.scores import Scores
 
 

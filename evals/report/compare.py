@@ -9,13 +9,13 @@ from typing import Any
 from scipy.stats import t as student
 
 from unlearn.errors import UserError, unknown
-from unlearn.evals.comparable import require_comparable
-from unlearn.evals.folders import Found
-from unlearn.evals.identity import differing, identity
-from unlearn.evals.pareto import Ranked, draw_front, pareto_front
-from unlearn.evals.plots import Plot
-from unlearn.evals.table import Row, table
-from unlearn.evals.tradeoff import FORGETTING, UTILITY, Axis, Point, choose_axes
+from unlearn.evals.report.comparable import require_comparable
+from unlearn.evals.report.folders import Found
+from unlearn.evals.report.identity import differing, identity
+from unlearn.evals.report.pareto import Ranked, draw_front, pareto_front
+from unlearn.evals.report.plots import Plot
+from unlearn.evals.report.table import Row, table
+from unlearn.evals.report.tradeoff import FORGETTING, UTILITY, Axis, Point, choose_axes
 
 FORMAT = "unlearn comparison 1"
 CONFIDENCE = 0.95

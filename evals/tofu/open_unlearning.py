@@ -14,7 +14,7 @@ from typing import Any
 
 from unlearn.evals.benchmark import Direction, Metric, Record, Result
 from unlearn.evals.statistics import truth_ratio
-from unlearn.evals.tofu_records import Reading, metrics_of
+from unlearn.evals.tofu.records import Reading, metrics_of
 
 SPLITS = ("forget", "retain", "ra", "wf")
 """Our names and open-unlearning's: ``ra`` are real authors, ``wf`` world facts."""

@@ -7,7 +7,7 @@ from typing import Protocol
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from unlearn.evals.plots import FAINT
+from unlearn.evals.report.plots import FAINT
 
 SIZE = 9.0
 WIDE, HIGH = 0.6, 1.15

@@ -4,7 +4,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from unlearn.evals.folders import Found
+from unlearn.evals.report.folders import Found
 
 FREE = ("seed", "out", "description", "source", "model.retain_model")
 """Settings that do not make another experiment."""

@@ -9,9 +9,9 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, NullFormatter
 from numpy.typing import ArrayLike, NDArray
 
-from unlearn.evals.plots import COLOURS, INK, MODELS, Plot, drawing, tidy, to_plot
+from unlearn.evals.report.plots import COLOURS, INK, MODELS, Plot, drawing, tidy, to_plot
+from unlearn.evals.report.table import finite, number
 from unlearn.evals.statistics import forget_quality
-from unlearn.evals.table import finite, number
 
 WIDE = 20.0
 """Ratios that span more than this factor are drawn on a logarithmic scale."""

@@ -14,8 +14,15 @@ from typing import Any
 
 from unlearn.errors import UserError, did_you_mean
 from unlearn.evals.benchmark import Metric, Progress, Result
-from unlearn.evals.harness import HarnessSettings, Tasks, accuracy, find_tasks, name_of, run_tasks
-from unlearn.evals.wmdp_data import TASKS, Question, chosen, read_questions
+from unlearn.evals.harness.tasks import (
+    HarnessSettings,
+    Tasks,
+    accuracy,
+    find_tasks,
+    name_of,
+    run_tasks,
+)
+from unlearn.evals.harness.wmdp_data import TASKS, Question, chosen, read_questions
 
 CHANCE = 0.25
 WMDP = ("bio", "chem", "cyber")

@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from unlearn.errors import UserError
-from unlearn.evals.compare import compare, draw_comparison
-from unlearn.evals.folders import Found
-from unlearn.evals.page import render
-from unlearn.evals.plots import Plot
-from unlearn.evals.report import describe, draw, strict
+from unlearn.evals.report.compare import compare, draw_comparison
+from unlearn.evals.report.folders import Found
+from unlearn.evals.report.page import render
+from unlearn.evals.report.plots import Plot
+from unlearn.evals.report.write import describe, draw, strict
 from unlearn.runs import write_atomic, write_json
 
 

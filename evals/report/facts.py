@@ -6,7 +6,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from unlearn.evals.table import SPLITS, Row
+from unlearn.evals.report.table import SPLITS, Row
 
 Fact = tuple[str, str]
 
