@@ -108,7 +108,16 @@ class Benchmark(Protocol):
         """Raised whenever the same model could get other numbers."""
         ...
 
-    def run(self, model: Any, tokenizer: Any, *, progress: Progress = ...) -> Result: ...
+    def run(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        progress: Progress = ...,
+        weights_hash: str | None = ...,
+    ) -> Result:
+        """Measure a model; with the hash of its weights, results may be kept and found again."""
+        ...
 
 
 def _nan(value: float | None) -> float:

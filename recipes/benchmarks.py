@@ -35,15 +35,16 @@ class Measures:
         progress: Progress,
         retain: Result | None = None,
         target: Mapping[str, float | None] | None = None,
+        weights_hash: str | None = None,
     ) -> Result:
         """Measure a model.
 
         ``retain`` is what the same benchmarks found about the retain model, ``target`` the values
-        of the model before unlearning.
+        of the model before unlearning. ``weights_hash`` lets results be found again by other runs.
         """
         found = []
         for benchmark in self.benchmarks:
-            result = benchmark.run(model, tokenizer, progress=progress)
+            result = benchmark.run(model, tokenizer, progress=progress, weights_hash=weights_hash)
             if isinstance(benchmark, Tofu):
                 result = self._compared(result, retain)
                 result = open_unlearning_aggregate(result, target) if target else result
@@ -126,7 +127,12 @@ class _Harness:
     version: str = "1"
 
     def run(
-        self, model: Any, tokenizer: Any, *, progress: Progress = lambda stage, done, total: None
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        progress: Progress = lambda stage, done, total: None,
+        weights_hash: str | None = None,
     ) -> Result:
         from unlearn.evals.harness.tasks import HarnessSettings  # noqa: PLC0415
 

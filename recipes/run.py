@@ -31,6 +31,7 @@ from unlearn.recipes.selection import Selection, check_rule
 from unlearn.recipes.train import train
 from unlearn.runs import RunFolder, command_line, staged, versions, write_atomic, write_json
 
+SHARED = ("before", "retain_model")
 Emit = Callable[[dict[str, Any]], None]
 
 
@@ -208,6 +209,8 @@ class _Run:
             progress=progress,
             retain=self._found("retain_model"),
             target=before.values() if before else None,
+            # other runs measure these models too
+            weights_hash=models.weights_hash(model) if name in SHARED else None,
         )
         if name == "retain_model":
             result = measures.as_retain_model(result)
