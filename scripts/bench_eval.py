@@ -21,10 +21,12 @@ each ingredient is added in turn:
 - ``ours``: answers start with what the scores already tell;
 - ``again``: the same evaluation with everything stored.
 
-What bounds it: matrix products over the distinct tokens of all rows (1/2 of the tokens of TOFU's
-perturbed blocks, 1/4 with a system prompt of 45 words), then the tokens that have to be written one
-after the other. A model that still knows the answers writes next to none; one that has
-unlearned them writes all, which is where less is gained.
+What bounds it: matrix products over the distinct tokens of all rows (half of the tokens of TOFU's
+perturbed blocks), two thirds of our scoring time on a CPU; then the tokens that are written one
+after the other. A model that still knows the answers writes next to none; one that has unlearned
+them writes all of them, in as many steps as the longest takes. Left out of ``plain`` are passes
+that open-unlearning repeats without need (ROUGE of the paraphrased and perturbed answers writes the
+same answers six times more), so its own order is slower still.
 """
 
 import argparse

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from unlearn.errors import UserError
 from unlearn.head import plain, upcast
-from unlearn.scores import IGNORE, _body, _join
+from unlearn.scores import IGNORE, hidden_states, join_streams
 
 
 @dataclass(frozen=True)
@@ -42,10 +42,10 @@ def read_layer(
 
     Batches are right-padded. Layers above are not run.
     """
-    ids, widths = _join([batch["input_ids"] for batch in batches.values()], 0)
-    attended, _ = _join([batch["attention_mask"] for batch in batches.values()], 0)
+    ids, widths = join_streams([batch["input_ids"] for batch in batches.values()], 0)
+    attended, _ = join_streams([batch["attention_mask"] for batch in batches.values()], 0)
     with _cut_after(model, layer) as last:
-        hidden = _body(model, ids, attended.bool(), last)
+        hidden = hidden_states(model, ids, attended.bool(), last)
     rows = hidden.split([len(batch["input_ids"]) for batch in batches.values()])
     return {
         name: Activations.of(part[:, :width], batch)

@@ -145,12 +145,12 @@ class Scorer:
         want: Mapping[str, Collection[str]],
     ) -> dict[str, Scores]:
         """Score several streams in one forward pass, then split."""
-        joined, widths = _join([batch["input_ids"] for batch in batches.values()], 0)
+        joined, widths = join_streams([batch["input_ids"] for batch in batches.values()], 0)
         if self.head is None:
             parts = _full_logits(model, joined)
         else:
-            attention, _ = _join([batch["attention_mask"] for batch in batches.values()], 0)
-            parts = _body(model, joined, attention.bool())
+            attention, _ = join_streams([batch["attention_mask"] for batch in batches.values()], 0)
+            parts = hidden_states(model, joined, attention.bool())
         rows = parts.split([len(batch["input_ids"]) for batch in batches.values()])
         return {
             name: self._stream(part[:, :width], batch, want.get(name, ()))
@@ -192,7 +192,7 @@ class Scorer:
         return Scores(mask=mask, attended=attention.bool(), **found)
 
 
-def _join(tensors: list[Tensor], fill: int) -> tuple[Tensor, list[int]]:
+def join_streams(tensors: list[Tensor], fill: int) -> tuple[Tensor, list[int]]:
     """Stack right-padded tensors of different width."""
     widths = [tensor.shape[1] for tensor in tensors]
     longest = max(widths)
@@ -200,7 +200,7 @@ def _join(tensors: list[Tensor], fill: int) -> tuple[Tensor, list[int]]:
     return torch.cat(padded), widths
 
 
-def _body(model: Any, input_ids: Tensor, attended: Tensor, module: Any = None) -> Tensor:
+def hidden_states(model: Any, input_ids: Tensor, attended: Tensor, module: Any = None) -> Tensor:
     """Give the hidden states [batch, seq, width] that leave a module, else the whole body.
 
     The wrapped model itself is called, so that engines see the forward pass they hook into. With
@@ -252,7 +252,7 @@ def _self_check(head: VocabularyHead, model: Any) -> bool:
     training = model.training
     model.eval()
     try:
-        hidden = _body(model, probe, torch.ones_like(probe, dtype=torch.bool))
+        hidden = hidden_states(model, probe, torch.ones_like(probe, dtype=torch.bool))
         return agrees_with_model(head, model, hidden, _full_logits(model, probe))
     finally:
         model.train(training)
