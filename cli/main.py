@@ -272,8 +272,8 @@ def _show(results: dict[str, Any], *, json: bool) -> None:
 
 
 # here and not above, because panels of the help follow the order of the commands
-app.command(rich_help_panel=AFTER)(report.report)
-app.command(rich_help_panel=AFTER)(report.compare)
+app.command(rich_help_panel=AFTER, epilog=report.REPORT)(report.report)
+app.command(rich_help_panel=AFTER, epilog=report.COMPARE)(report.compare)
 
 
 def main() -> None:

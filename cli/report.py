@@ -7,6 +7,8 @@ import typer
 
 from unlearn.cli.entry import Json, say
 
+REPORT = "Example: [bold]unlearn report runs/a runs/b --out report[/bold]"
+COMPARE = "Example: [bold]unlearn compare runs/* --x forget_Q_A_Prob --y retain_Q_A_Prob[/bold]"
 PAGES = (".html", ".htm")
 
 Runs = Annotated[

@@ -53,7 +53,7 @@ def scored(
     ``statistics``. At most ``batch_tokens`` tokens go through the model at once, or one row.
 
     A model with plain causal attention (:func:`~unlearn.packing.can_pack`) computes what rows of a
-    group begin with once (:mod:`unlearn.prefixes`), and rows with the same prompt come in one group.
+    group begin with once (:mod:`unlearn.prefixes`); rows with the same prompt come in one group.
     That is always done, because it was never slower. Against padded batches, CPU time of a
     4M-parameter Llama: TOFU's answers, paraphrases and perturbed answers 1.5 to 1.7 times as fast
     (half of the tokens), with a system prompt of 45 words 2.9; four answers of 3 tokens to prompts
