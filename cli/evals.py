@@ -72,6 +72,49 @@ ChatTemplate = Annotated[
 ]
 
 
+Unlearned = Annotated[
+    str, typer.Option(metavar="MODEL", help="The unlearned model.", rich_help_panel=GIVEN)
+]
+Target = Annotated[
+    str | None,
+    typer.Option(metavar="MODEL", help="The model before unlearning.", rich_help_panel=GIVEN),
+]
+RetainModel = Annotated[
+    str | None,
+    typer.Option(metavar="MODEL", help="A model that never saw the data.", rich_help_panel=GIVEN),
+]
+Prompt = Annotated[
+    list[str] | None,
+    typer.Option(metavar="TEXT", help="May be given again.", rich_help_panel=GIVEN),
+]
+Prompts = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SOURCE",
+        help="Questions, with true answers or without: people.jsonl:[:10], lines.txt.",
+        rich_help_panel=GIVEN,
+    ),
+]
+AnswerFile = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="New .md or .json file.", rich_help_panel=GIVEN),
+]
+MaxNewTokens = Annotated[
+    int, typer.Option(min=1, metavar="N", help="Longest answer.", rich_help_panel=HOW)
+]
+TemplateText = Annotated[
+    str | None,
+    typer.Option(
+        metavar="TEXT",
+        help=r"'Question: {question}\nAnswer: ' instead of the chat template.",
+        rich_help_panel=HOW,
+    ),
+]
+SystemPrompt = Annotated[
+    str | None, typer.Option(metavar="TEXT", help="System turn of every chat.", rich_help_panel=HOW)
+]
+
+
 @app.command(
     epilog="Example: [bold]unlearn eval wmdp --model runs/a/model --data wmdp --limit 100[/bold]"
 )
@@ -165,55 +208,18 @@ def lm_eval(
     "--prompt 'Where was Ada born?'[/bold]"
 )
 def generate(
-    model: Annotated[
-        str, typer.Option(metavar="MODEL", help="The unlearned model.", rich_help_panel=GIVEN)
-    ],
-    target: Annotated[
-        str | None,
-        typer.Option(
-            metavar="MODEL", help="The model before unlearning.", rich_help_panel=GIVEN
-        ),
-    ] = None,
-    retain_model: Annotated[
-        str | None,
-        typer.Option(
-            metavar="MODEL", help="A model that never saw the data.", rich_help_panel=GIVEN
-        ),
-    ] = None,
-    prompt: Annotated[
-        list[str] | None,
-        typer.Option(metavar="TEXT", help="May be given again.", rich_help_panel=GIVEN),
-    ] = None,
-    prompts: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SOURCE",
-            help="Questions, with true answers or without: people.jsonl:[:10], lines.txt.",
-            rich_help_panel=GIVEN,
-        ),
-    ] = None,
-    max_new_tokens: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Longest answer.", rich_help_panel=HOW)
-    ] = 200,
-    template: Annotated[
-        str | None,
-        typer.Option(
-            metavar="TEXT",
-            help=r"'Question: {question}\nAnswer: ' instead of the chat template.",
-            rich_help_panel=HOW,
-        ),
-    ] = None,
-    system_prompt: Annotated[
-        str | None,
-        typer.Option(metavar="TEXT", help="System turn of every chat.", rich_help_panel=HOW),
-    ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="New .md or .json file.", rich_help_panel=GIVEN),
-    ] = None,
+    model: Unlearned,
+    target: Target = None,
+    retain_model: RetainModel = None,
+    prompt: Prompt = None,
+    prompts: Prompts = None,
+    max_new_tokens: MaxNewTokens = 200,
+    template: TemplateText = None,
+    system_prompt: SystemPrompt = None,
+    out: AnswerFile = None,
     offline: Offline = False,
     json: Json = False,
-) -> None:  # fmt: skip
+) -> None:
     """Let the unlearned model, and those it is compared with, answer the same prompts."""
     paths = {"target": target, "unlearned": model, "retain_model": retain_model}
     given = {who: path for who, path in paths.items() if path is not None}
