@@ -167,13 +167,13 @@ def check_same_tokenizer(tokenizer: Any, other: ModelSource, tokens: Collection[
     Raises:
         UserError: as said.
     """
-    check_vocabulary(other, tokens)
     used = sorted(tokens)
     if load_tokenizer(other).convert_ids_to_tokens(used) != tokenizer.convert_ids_to_tokens(used):
         raise UserError(
             f"the tokenizer of the retain model '{other.path}' is not that of the model",
             "give a retain model trained from the same base",
         )
+    check_vocabulary(other, tokens)
 
 
 def load_tokenizer(source: ModelSource | str) -> Any:

@@ -136,7 +136,8 @@ class Template:
             )
         if self.chat is None:
             raise UserError(
-                "the tokenizer has no chat template", f"give a template, {EXPLICIT_HINT}"
+                "the tokenizer has no chat template",
+                f"give one with --template (data.template in a recipe), {EXPLICIT_HINT}",
             )
         try:
             text: str = self.tokenizer.apply_chat_template(
