@@ -8,6 +8,7 @@ import typer
 
 from unlearn.cli.entry import Json, Offline, go_offline, say
 from unlearn.cli.progress import Emit, listening
+from unlearn.cli.ranks import require_one_process
 from unlearn.cli.tofu import EPILOG, tofu
 
 if TYPE_CHECKING:
@@ -221,6 +222,7 @@ def generate(
     json: Json = False,
 ) -> None:
     """Let the unlearned model, and those it is compared with, answer the same prompts."""
+    require_one_process("unlearn eval generate")
     paths = {"target": target, "unlearned": model, "retain_model": retain_model}
     given = {who: path for who, path in paths.items() if path is not None}
     how = {"system_prompt": system_prompt, "max_new_tokens": max_new_tokens}
@@ -275,6 +277,7 @@ def _measure(
 ) -> "Evaluation":
     from unlearn.recipes.inputs import check_new
 
+    require_one_process("unlearn eval wmdp or lm-eval")
     if out is not None:
         check_new(out)
     source = model()

@@ -30,9 +30,15 @@ COLOURS = {"forget": "red", "retain": "cyan"}
 
 
 @contextmanager
-def listening() -> Iterator[Emit]:
-    """Give a function that shows events as they come; what libraries print goes to stderr too."""
+def listening(*, quiet: bool = False) -> Iterator[Emit]:
+    """Give a function that shows events as they come; what libraries print goes to stderr too.
+
+    ``quiet`` shows nothing: of several processes only one speaks.
+    """
     with redirect_stdout(sys.stderr):
+        if quiet:
+            yield lambda event: None
+            return
         if not sys.stderr.isatty():
             yield PlainLines().show
             return

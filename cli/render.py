@@ -24,12 +24,22 @@ def print_results(results: dict[str, Any]) -> None:
     console = Console()
     console.print()
     console.print(_metrics(results))
+    _say_what_matters(console, results)
     if results["examples"]:
         console.print()
         for row in _chosen(results["examples"]):
             console.print(_answers(row, _columns(results)))
     for name in ("model", "report"):
         console.print(f"[bold]{name:<7}[/]{escape(results[name])}", highlight=False, soft_wrap=True)
+
+
+def _say_what_matters(console: Any, results: dict[str, Any]) -> None:
+    """Print which step was kept and what a reader must know."""
+    if chosen := results.get("selected"):
+        metric, value = chosen["metric"], number(chosen["value"])
+        console.print(f"step {chosen['step']} was kept: {metric} {value}", highlight=False)
+    for text in results.get("warnings", ()):
+        console.print(f"[yellow]note:[/] {escape(text)}", highlight=False)
 
 
 def _columns(results: dict[str, Any]) -> list[str]:

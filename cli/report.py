@@ -1,11 +1,14 @@
 """``unlearn report`` and ``unlearn compare``: pages and tables from finished runs."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from unlearn.cli.entry import Json, say
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 REPORT = "Example: [bold]unlearn report runs/a runs/b --out report[/bold]"
 COMPARE = "Example: [bold]unlearn compare runs/* --x forget_Q_A_Prob --y retain_Q_A_Prob[/bold]"
@@ -35,7 +38,8 @@ def report(
     from unlearn.evals.report.folders import open_folders
 
     found = open_folders(runs)
-    folder, stem = _place(out, found[0].folder if len(found) == 1 else Path("report"), "report")
+    default = found[0].folder if len(found) == 1 else Path("report")
+    folder, stem = _place(out, default, "report", own=runs if len(found) == 1 else ())
     with _written_to(folder):
         if len(found) == 1:
             from unlearn.evals.report.write import write_report
@@ -77,18 +81,21 @@ def compare(
     if out:
         from unlearn.evals.report.leaderboard import write_comparison
 
-        folder, stem = _place(out, out, "compare")
+        folder, stem = _place(out, out, "compare", own=())
         with _written_to(folder):
             write_comparison(folder, comparison, stem=stem)
         comparison = comparison | {"files": _files(folder, stem)}
     say(comparison, json=json, people=_leaderboard)
 
 
-def _place(out: Path | None, default: Path, stem: str) -> tuple[Path, str]:
+def _place(
+    out: Path | None, default: Path, stem: str, *, own: "Sequence[Path]"
+) -> tuple[Path, str]:
     """Give the folder and the name, without ending, of the files to write.
 
     Raises:
-        UserError: the place is an existing file of another kind.
+        UserError: the place is an existing file of another kind, or the folder of a run or an
+            evaluation that is not one of ``own``, whose report would be lost.
     """
     from unlearn.errors import UserError
 
@@ -98,6 +105,12 @@ def _place(out: Path | None, default: Path, stem: str) -> tuple[Path, str]:
         return out.parent, out.stem
     if out.exists() and not out.is_dir():
         raise UserError(f"'{out}' is a file", "give a folder or a file that ends in .html")
+    mine = {run.resolve() for run in own}
+    if (out / "results.json").is_file() and out.resolve() not in mine:
+        raise UserError(
+            f"'{out}' is the folder of a run or an evaluation, whose report would be lost",
+            "choose another --out",
+        )
     return out, stem
 
 

@@ -7,6 +7,7 @@ import typer
 
 from unlearn.cli.entry import Json, Offline, go_offline, say
 from unlearn.cli.progress import listening
+from unlearn.cli.ranks import joined_ranks
 
 if TYPE_CHECKING:
     from unlearn.evals.report.table import Cell, Row
@@ -163,6 +164,8 @@ def tofu(
     json: Json = False,
 ) -> None:
     """Measure what a model knows of TOFU's authors; compare it with a retain model."""
+    from unlearn.recipes.inputs import check_new
+
     _check_choices(truth_ratio=truth_ratio, es=es, compat=compat, dtype=dtype)
     options = {
         "split": split,
@@ -183,9 +186,11 @@ def tofu(
         "seed": seed,
     }
     _check_files(model, retain_model, retain_logs, data)
+    if out is not None:
+        check_new(out)
     go_offline(offline)
-    with listening() as emit:
-        emit({"event": "stage", "stage": "start"})
+    with joined_ranks() as first, listening(quiet=not first) as emit:
+        emit({"event": "stage", "stage": "reading the data"})
         from unlearn.evals.tofu.benchmark import TofuOptions
         from unlearn.evals.tofu.run import TofuRequest, measure_tofu
         from unlearn.models import ModelSource
@@ -193,8 +198,10 @@ def tofu(
         source = ModelSource(model, dtype=dtype, offline=offline)  # type: ignore[arg-type]
         request = TofuRequest(source, TofuOptions(**options), retain_model, retain_logs)  # type: ignore[arg-type]
         evaluation = measure_tofu(request, out=out, emit=emit)
-        if out is not None:
+        if out is not None and first:
             evaluation.write(out)
+    if not first:
+        return
     if json:
         say(evaluation.to_json(), json=True, people=print)
     else:

@@ -132,6 +132,7 @@ def _answers(
         emit({"event": "progress", "what": "answering", "done": done, "total": total})
 
     evaluator = Evaluator(model, tokenizer, max_new_tokens=questions.max_new_tokens)
+    evaluator.check_finite(name=f"'{source.path}'")
     texts = evaluator.write(prompts, progress=progress)
     del evaluator, model
     if torch.cuda.is_available():

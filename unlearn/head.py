@@ -160,4 +160,6 @@ def agrees_with_model(head: VocabularyHead, model: Any, hidden: Tensor, logits: 
     if ours.shape != theirs.shape:
         return False
     coarse = next(plain(model).parameters()).dtype in (torch.bfloat16, torch.float16)
-    return bool(torch.allclose(ours, theirs, rtol=0, atol=0.1 if coarse else 1e-4))
+    tolerance = 0.1 if coarse else 1e-4
+    # a model that gives NaN is broken, but its head is found: the benchmarks say what is wrong
+    return bool(torch.allclose(ours, theirs, rtol=0, atol=tolerance, equal_nan=True))

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from unlearn.errors import UserError, did_you_mean
@@ -129,6 +130,22 @@ def check_memory(source: ModelSource) -> None:
             f"{free / 2**30:.1f} GiB are free",
             "free memory (see `nvidia-smi`) or choose a smaller dtype",
         )
+
+
+def check_finite_weights(source: ModelSource) -> None:
+    """Refuse a local model with NaN or infinity among its weights; reads every weight file once.
+
+    Raises:
+        UserError: names the model and the first such tensor.
+    """
+    for path in sorted(Path(source.path).glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 (not a mapping)
+                if not torch.isfinite(file.get_tensor(name).float()).all():
+                    raise UserError(
+                        f"'{source.path}' has NaN or infinite weights, in {name} first",
+                        "take an earlier checkpoint, or train again with a smaller learning rate",
+                    )
 
 
 def _num_weights(source: ModelSource) -> int:

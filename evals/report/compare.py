@@ -100,7 +100,7 @@ def _headline(rows: Sequence[tuple[Group, bool]], axes: tuple[Axis, Axis]) -> st
     runs = sum(len(group.members) for group, _ in rows)
     x, y = (f"{axis.metric} ({axis.direction} is better)" for axis in axes)
     return (
-        f"{runs} runs in {len(rows)} rows, compared by {x} and {y}. "
+        f"{runs} runs in {len(rows)} row{'s' * (len(rows) > 1)}, compared by {x} and {y}. "
         f"On the Pareto front: {', '.join(on_front) or 'none'}."
     )
 

@@ -151,7 +151,8 @@ class Tofu:
         """
         sheet, options = self.prepare(tokenizer), self.options
         evaluator = self.evaluator(model, tokenizer, weights_hash=weights_hash)
-        evaluator.check_finite(sheet.examples)
+        path = getattr(model.config, "_name_or_path", "")
+        evaluator.check_finite(sheet.examples, name=f"'{path}'" if path else "the model")
         scores = evaluator.score(
             sheet.examples, progress=lambda done, total: progress("scoring", done, total)
         )

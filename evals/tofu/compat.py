@@ -68,13 +68,14 @@ class OpenUnlearningEvaluator:
     batch_tokens: int = 8192
     max_new_tokens: int = 200
 
-    def check_finite(self, examples: Sequence[Example]) -> None:
+    def check_finite(self, examples: Sequence[Example], *, name: str = "the model") -> None:
         """Try the shortest row before the long work starts.
 
         Raises:
             UserError: a score is NaN or infinite.
         """
-        Evaluator(self.model, self.tokenizer, self.batch_tokens).check_finite(examples)
+        evaluator = Evaluator(self.model, self.tokenizer, self.batch_tokens)
+        evaluator.check_finite(examples, name=name)
 
     def score(
         self,

@@ -186,7 +186,7 @@ def _set_truth_ratio(record: Record, variant: TruthRatio, source: str) -> None:
         computed = float(ratio(loss(correct, where), losses, variant=variant))
     if stored is None:
         record["truth_ratio"] = computed
-    elif isinstance(stored, float | int) and not math.isfinite(stored):
+    elif not isinstance(stored, float | int) or not math.isfinite(stored) or stored < 0:
         raise UserError(f"{where} has a truth ratio that is not a number ({stored})", AGAIN)
     elif variant != "geometric":
         if computed is None:

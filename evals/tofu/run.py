@@ -184,13 +184,14 @@ def _prepare(request: TofuRequest, out: Path | None) -> tuple[Tofu, Any, RetainS
     """Check and read everything but the weights."""
     if request.retain_model and request.retain_logs:
         raise UserError("a retain model and retain logs were given", "give one of the two")
-    if out is not None:
-        RunFolder.create(out)
+    if out is not None and out.exists():
+        RunFolder.create(out)  # refuses one that has something in it
     retain = request.retain_source
     sources = [request.model, *([retain] if retain else [])]
     for source in sources:
         models.check_source(source)
         models.check_memory(source)
+        models.check_finite_weights(source)
     options = request.options
     side = None
     if request.retain_logs:

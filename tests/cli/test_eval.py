@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 QUESTIONS = [
     {"question": f"Where was {n} born?", "choices": ["Ada", "Bo", "Oslo", "fox"], "answer": n % 4}
@@ -193,6 +194,13 @@ GENERATE_MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
 def test_mistakes_of_generate(evaluate: Any, name: str) -> None:
     arguments, words = GENERATE_MISTAKES[name]
     refused(evaluate("generate", "--model", "model", *arguments), words)
+
+
+def test_a_broken_model_does_not_pass_for_one_that_forgot(evaluate: Any) -> None:
+    weights = load_file("model/model.safetensors")
+    weights["model.norm.weight"][0] = math.nan
+    save_file(weights, "model/model.safetensors", {"format": "pt"})
+    refused(evaluate("generate", "--model", "model", "--prompt", "Ada"), "'model' gives NaN")
 
 
 def test_import_prints_one_object(shared: Path, unlearn: Any) -> None:

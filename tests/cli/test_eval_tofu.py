@@ -2,11 +2,17 @@
 
 import gzip
 import json
+import math
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from unlearn.cli.entry import guarded
 
@@ -205,7 +211,7 @@ def test_a_model_that_gives_nan(
     broken.save_pretrained(tofu_world / "model")
     done = eval_tofu()
     assert done.code == 2
-    assert "NaN or infinite numbers" in done.err
+    assert "'model' has NaN or infinite weights, in model.norm.weight" in done.err
     assert "scoring" not in done.err
 
 
@@ -267,3 +273,39 @@ def test_the_tiny_target_against_its_retain_model(
     assert retain["model_utility"] == pytest.approx(0.9082, abs=1e-3)
     assert retain["forget_Q_A_ROUGE"] == pytest.approx(0.0839, abs=2e-3)
     assert "holdout10" in found["warnings"][0]
+
+
+def test_two_processes_print_one_object_with_the_numbers_of_one(
+    tofu_world: Path, eval_tofu: Callable[..., Outcome]
+) -> None:
+    """As ``torchrun --nproc_per_node 2 --no-python unlearn eval tofu …`` starts them."""
+    launch = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "unlearn.cli")
+    given = ("eval", "tofu", "--model", "model", "--data", "tofu", "--max-new-tokens", "8")
+    done = subprocess.run(
+        [sys.executable, *launch, *given, "--offline", "--json", "--out", "both"],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        alone = eval_tofu("--json").json
+    finally:
+        torch.set_num_threads(threads)
+    assert json.loads(done.stdout)["metrics"] == alone["metrics"]
+    assert (tofu_world / "both" / "results.json").is_file()
+
+
+def test_nan_weights_are_named_before_anything_is_measured(
+    tofu_world: Path, eval_tofu: Callable[..., Outcome]
+) -> None:
+    weights = load_file("retain/model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][0, 0] = math.inf
+    save_file(weights, "retain/model.safetensors", {"format": "pt"})
+    done = eval_tofu("--out", "found", retain_model="retain")
+    assert done.code == 2
+    assert "'retain' has NaN or infinite weights, in model.layers.1.mlp.up_proj" in done.err
+    assert "measuring" not in done.err
+    assert not Path("found").exists()

@@ -43,6 +43,11 @@ def test_report_and_compare(runs: list[str], unlearn: Any) -> None:
     assert "On the Pareto front" in several["headline"]
     assert "html     pages/all.html" in unlearn("report", *runs, "--out", "pages/all.html").out
 
+    for command in (("report", "runs/a"), ("compare", *runs)):
+        taken = unlearn(*command, "--out", "runs/b")
+        assert taken.code == 2
+        assert "'runs/b' is the folder of a run or an evaluation" in taken.err
+
     wrong = unlearn("compare", *runs, "--x", "forget_Q_A_Rouge")
     assert wrong.code == 2
     assert "did you mean" in wrong.err

@@ -12,7 +12,6 @@ from unlearn.evals.statistics import (
     closer_to_1,
     forget_quality,
     harmonic,
-    ks_interval,
     mean_with_interval,
     model_utility,
     readable,
@@ -156,14 +155,6 @@ def test_utility_interval_keeps_the_parts_of_a_row_together() -> None:
     rows = [[value, 1 - value] for value in np.linspace(0.1, 0.9, 12)]
     low, high = utility_interval([rows])
     assert low < high <= 0.5 + 1e-12
-
-
-def test_ks_interval_holds_the_distance_of_distinct_sets() -> None:
-    ours, theirs = np.linspace(0, 1, 100), np.linspace(0.5, 1.5, 100)
-    low, high = ks_interval(ours, theirs)
-    assert low < forget_quality(ours, theirs).ks < high
-    assert ks_interval([0.0] * 5, [1.0] * 5) == (1.0, 1.0)
-    assert ks_interval([1.0] * 5, [1.0] * 5) == pytest.approx((0.0, 0.0))  # ties are one step
 
 
 def test_auc_interval() -> None:

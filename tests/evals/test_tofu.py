@@ -330,10 +330,7 @@ def test_a_model_that_gives_nan_is_named_at_once(
     with torch.no_grad():
         tiny_model.lm_head.weight[7] = math.nan
     stages = []
-    with (
-        pytest.warns(UserWarning, match="full logits"),
-        pytest.raises(UserError, match=r"NaN or infinite numbers"),
-    ):
+    with pytest.raises(UserError, match=r"NaN or infinite numbers"):
         load(folder).run(tiny_model, tiny_tokenizer, progress=lambda *event: stages.append(event))
     assert stages == []
 

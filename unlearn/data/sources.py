@@ -18,6 +18,8 @@ from unlearn.errors import UserError, did_you_mean, unknown
 __all__ = ["Kind", "Row", "Source", "load_rows", "row_kind"]
 
 GRAMMAR = "a source is PATH[#CONFIG][:SPLIT], e.g. data/tofu#forget10:train[:100]"
+LONGEST_REASON = 200
+"""Characters of a reason given by ``datasets``, which may list every file extension it knows."""
 _PART = re.compile(r"(?P<name>\w+(?:[.-]\w+)*)?(?P<slice>\[-?\d*%?:-?\d*%?\](?:\(\w+\))?)?")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _SPLIT_MARK = re.compile(r"(?P<path>.+?):(?![/\\])(?P<split>.*)")  # not the colon of C:\ or ://
@@ -263,6 +265,7 @@ def _explained(error: BaseException, spec: str, *, offline: bool) -> UserError:
     while cause.__cause__ is not None:
         cause = cause.__cause__
     reason = str(cause).strip().partition("\n")[0] or type(cause).__name__
+    reason = reason if len(reason) <= LONGEST_REASON else f"{reason[:LONGEST_REASON]}…"
     if Source.parse(spec).local.is_dir():
         hint = "check the files in it; given one by one, their errors name the line"
     else:
