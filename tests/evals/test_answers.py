@@ -194,12 +194,11 @@ def test_nan_is_named_before_the_work(tiny_model: Any, tiny_tokenizer: Any) -> N
         tiny_model.model.layers[1].mlp.up_proj.weight[3, 3] = math.nan
     passes = count_passes(tiny_model)
     message = "'runs/a' gives NaN or infinite numbers"
-    full = "full logits"
-    with pytest.warns(UserWarning, match=full), pytest.raises(UserError, match=message) as error:
+    with pytest.raises(UserError, match=message) as error:
         evaluator.check_finite(questions(), name="'runs/a'")
     assert "float32" in error.value.hint
     assert max(passes) < 40
-    with pytest.warns(UserWarning, match=full), pytest.raises(UserError):
+    with pytest.raises(UserError):
         evaluator.check_finite()
 
 
