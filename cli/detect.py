@@ -32,12 +32,10 @@ def detect(
 
     Scores are loss, zlib and Min-K%. They rank texts; alone they prove nothing about one text.
     """
-    from unlearn.errors import UserError
-    from unlearn.recipes.inputs import is_path
+    from unlearn.recipes.inputs import check_model_folder
 
     texts = _lines(file)
-    if is_path(model) and not Path(model).exists():
-        raise UserError(f"no model folder '{model}'", "give a folder or a hub name owner/name")
+    check_model_folder(model)
     go_offline(offline)
     from unlearn.detect.run import score_texts
 

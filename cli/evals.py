@@ -294,11 +294,9 @@ def _measure(
 
 def _source(path: str, offline: bool, dtype: Dtype = Dtype.auto) -> "Callable[[], ModelSource]":
     """Refuse a model folder that is not there before the slow imports."""
-    from unlearn.errors import UserError
-    from unlearn.recipes.inputs import is_path
+    from unlearn.recipes.inputs import check_model_folder
 
-    if is_path(path) and not Path(path).exists():
-        raise UserError(f"no model folder '{path}'", "give a folder or a hub name owner/name")
+    check_model_folder(path)
     go_offline(offline)
 
     def source() -> "ModelSource":

@@ -282,11 +282,10 @@ def _check_choices(**given: str | None) -> None:
 def _check_files(model: str, retain_model: str | None, retain_logs: Path | None, data: str) -> None:
     """Refuse paths that are not there before the slow imports."""
     from unlearn.errors import UserError
-    from unlearn.recipes.inputs import is_path
+    from unlearn.recipes.inputs import check_model_folder, is_path
 
     for path in (model, retain_model):
-        if path and is_path(path) and not Path(path).exists():
-            raise UserError(f"no model folder '{path}'", "give a folder or a hub name owner/name")
+        check_model_folder(path)
     if retain_logs is not None and not retain_logs.is_file():
         raise UserError(f"no file '{retain_logs}'", "give the retain model's TOFU_EVAL.json")
     if is_path(data) and not Path(data).exists():

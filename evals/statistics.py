@@ -10,7 +10,7 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -91,6 +91,15 @@ def truth_ratio(
         if epsilon:
             return np.exp(-mean) / (np.exp(-correct) + epsilon)
         return np.exp(correct - mean)
+
+
+def forget_ratios(records: Sequence[Mapping[str, Any]]) -> list[float]:
+    """Give the truth ratios of the forget set, for the plot of their distributions."""
+    return [
+        record["truth_ratio"]
+        for record in records
+        if record.get("split") == "forget" and record.get("truth_ratio") is not None
+    ]
 
 
 def closer_to_1(ratios: ArrayLike, *, epsilon: float = 0.0) -> Array:

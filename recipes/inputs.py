@@ -46,11 +46,16 @@ def check_inputs(recipe: Recipe) -> None:
     if recipe.out:
         check_new(Path(recipe.out))
     for path in (recipe.model.path, recipe.model.retain_model):
-        if path and is_path(path) and not Path(path).exists():
-            raise UserError(f"no model folder '{path}'", "give a folder or a hub name owner/name")
+        check_model_folder(path)
     for spec in (recipe.data.forget, recipe.data.retain):
         if spec:
             _check_source(spec, recipe.data.columns)
+
+
+def check_model_folder(path: str | None) -> None:
+    """Refuse a model folder that is not there; hub names and None pass."""
+    if path and is_path(path) and not Path(path).exists():
+        raise UserError(f"no model folder '{path}'", "give a folder or a hub name owner/name")
 
 
 def check_new(out: Path) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 from unlearn.evals.leakage import leakage
 from unlearn.evals.side_by_side import side_by_side
+from unlearn.evals.statistics import forget_ratios
 from unlearn.runs import RunFolder
 
 UNPLOTTED = ("event", "time", "of", "seconds", "tokens", "memory_bytes")
@@ -31,7 +32,7 @@ def put_together(
         "examples": side_by_side(found),
         "training": training | totals(folder) | {"curve": curve(folder)},
         "steps": steps(folder),
-        "truth_ratios": {name: _truth_ratios(result) for name, result in found.items()},
+        "truth_ratios": {name: forget_ratios(result["records"]) for name, result in found.items()},
         "leakage": {name: leakage(result["records"]) for name, result in found.items()},
         "selected": selected,
         "settings": found["after"]["settings"],
@@ -81,14 +82,6 @@ def warnings(
         bounds = ", ".join(f"{name} {bound:g}" for name, bound in selected["constraints"].items())
         lines.append(f"no measured step met the constraints ({bounds}): the nearest was kept")
     return list(dict.fromkeys(lines))
-
-
-def _truth_ratios(result: Mapping[str, Any]) -> list[float]:
-    return [
-        record["truth_ratio"]
-        for record in result["records"]
-        if record.get("split") == "forget" and record.get("truth_ratio") is not None
-    ]
 
 
 def totals(folder: RunFolder) -> dict[str, float]:

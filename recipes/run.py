@@ -31,7 +31,6 @@ from unlearn.recipes.selection import Selection, check_rule
 from unlearn.recipes.train import train
 from unlearn.runs import RunFolder, command_line, staged, versions, write_atomic, write_json
 
-SHARED = ("before", "retain_model")
 Emit = Callable[[dict[str, Any]], None]
 
 
@@ -209,14 +208,19 @@ class _Run:
             progress=progress,
             retain=self._found("retain_model"),
             target=before.values() if before else None,
-            # other runs measure these models too
-            weights_hash=models.weights_hash(model) if name in SHARED else None,
+            weights_hash=self._weights_hash(name, model),
         )
         if name == "retain_model":
             result = measures.as_retain_model(result)
         write_json(self.folder.evaluation(name), strict(result.to_dict()))
         self.emit({"event": "metrics", "name": name, "metrics": result.values()})
         return self._stored(name)
+
+    def _weights_hash(self, name: str, model: Any) -> str | None:
+        """Identify the models that other runs measure too; None for those of this run alone."""
+        if name == "before":
+            return str(self.manifest["model_sha256"])
+        return models.weights_hash(model) if name == "retain_model" else None
 
     def _found(self, name: str) -> Result | None:
         stored = self.folder.evaluation(name).is_file()

@@ -22,9 +22,9 @@ from unlearn.errors import RunFailed, UserError
 from unlearn.evals.benchmark import Metric, Record, Result
 from unlearn.evals.fluency import perplexity
 from unlearn.evals.leakage import leakage
-from unlearn.evals.report.write import write_report
+from unlearn.evals.report.write import strict, write_report
 from unlearn.evals.side_by_side import side_by_side
-from unlearn.evals.statistics import RetainSide, mean_with_interval, with_interval
+from unlearn.evals.statistics import RetainSide, forget_ratios, mean_with_interval, with_interval
 from unlearn.evals.tofu.benchmark import Tofu, TofuOptions
 from unlearn.evals.tofu.compare import check_rows, compare_with_retain
 from unlearn.evals.tofu.data import encode_answered, max_tokens
@@ -103,7 +103,7 @@ class Evaluation:
             "forget_quality": _quality(self.results["model"].values()),
             "examples": side_by_side({w: {"records": r.records} for w, r in found.items()}),
             "training": {},
-            "truth_ratios": {who: _ratios(result) for who, result in found.items()},
+            "truth_ratios": {who: forget_ratios(r.records) for who, r in found.items()},
             "leakage": {who: leakage(result.records) for who, result in found.items()},
             "settings": self.settings,
             "warnings": self.warnings,
@@ -131,7 +131,7 @@ class Evaluation:
 
     def write(self, folder: Path) -> dict[str, Any]:
         """Write every file of an evaluation; ``results.json`` last. Returns its content."""
-        results = _plain(self.to_results(folder))
+        results = strict(self.to_results(folder))
         write_json(folder / "RUN.json", {k: results[k] for k in ("provenance", "settings")})
         for who, result in self.results.items():
             name = "records.jsonl" if who == "model" else f"records_{who}.jsonl"
@@ -339,25 +339,5 @@ def _quality(values: Mapping[str, float | None]) -> dict[str, float | None] | No
     }
 
 
-def _ratios(result: Result) -> list[float]:
-    """Give the truth ratios of the forget set, for the plot of their distributions."""
-    return [
-        record["truth_ratio"]
-        for record in result.records
-        if record["split"] == "forget" and record.get("truth_ratio") is not None
-    ]
-
-
 def _line(record: Record) -> str:
-    return json.dumps(_plain(record), ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def _plain(value: Any) -> Any:
-    """Turn NaN and infinities, which JSON does not know, into null, and paths into text."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return str(value) if isinstance(value, Path) else value
+    return json.dumps(strict(record), ensure_ascii=False, allow_nan=False) + "\n"
