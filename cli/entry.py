@@ -9,6 +9,7 @@ import logging
 import os
 import shlex
 import signal
+import socket
 import sys
 import traceback
 import warnings
@@ -19,6 +20,8 @@ from pathlib import Path
 from typing import Annotated, Any, TextIO
 
 import typer
+
+from unlearn import launch
 
 MACHINES = "For scripts"
 Json = Annotated[
@@ -69,6 +72,7 @@ def guarded(app: Callable[..., Any]) -> None:
         sys.argv.remove("--debug")
     json = "--json" in sys.argv and not {"-h", "--help"} & set(sys.argv)
     code: int | None = None
+    launch.enter()
     with _quiet_libraries(debug=debug):
         try:
             with _stoppable(), _reserved_stdout() if json else nullcontext():
@@ -81,6 +85,8 @@ def guarded(app: Callable[..., Any]) -> None:
             code = error.code if isinstance(error.code, int) else FAILED
         except BaseException as error:
             code = _report(error, json=json, debug=debug)
+    if not code:
+        launch.leave(OK)
     raise SystemExit(code or OK)
 
 
@@ -92,6 +98,14 @@ class Explained:
     message: str
     hint: str = ""
     known: bool = True
+
+
+class LaunchEnded(Exception):
+    """How a launch of several processes ended, when it did not succeed; the cause is known."""
+
+    def __init__(self, outcome: launch.Outcome, folder: Path) -> None:
+        super().__init__(outcome.message)
+        self.outcome, self.folder = outcome, folder
 
 
 class InRun(Exception):
@@ -119,6 +133,8 @@ def explain(error: BaseException) -> Explained:
     """Give exit code, cause and what to do for an exception."""
     from unlearn.errors import Interrupted, RunFailed, UserError
 
+    if isinstance(error, LaunchEnded):
+        return _explain_launch(error.outcome, error.folder)
     folder = error.folder if isinstance(error, InRun) else None
     error = error.cause if isinstance(error, InRun) else error
     begun = folder is not None and (folder / "recipe.yaml").is_file()
@@ -145,6 +161,16 @@ def explain(error: BaseException) -> Explained:
     return Explained(FAILED, f"{type(error).__name__}: {text}", hint, known=False)
 
 
+def _explain_launch(outcome: launch.Outcome, folder: Path) -> Explained:
+    where = ""
+    if outcome.rank and outcome.code == FAILED and not outcome.message.startswith("rank "):
+        where = f"rank {outcome.rank} on {outcome.host}: "
+    hint = outcome.hint
+    if outcome.code == FAILED and (folder / "recipe.yaml").is_file() and "resume" not in hint:
+        hint = f"{hint}; `unlearn resume {shlex.quote(str(folder))}` goes on".removeprefix("; ")
+    return Explained(outcome.code, where + outcome.message, hint)
+
+
 def _lower_memory(resume: str) -> str:
     settings = (
         "lower training.per_device_train_batch_size and raise gradient_accumulation_steps, "
@@ -167,14 +193,20 @@ def _report(error: BaseException, *, json: bool, debug: bool) -> int:
     if not found.message:
         return found.code
     if not found.known and isinstance(error, InRun):
-        log = error.folder / "error.log"
+        log = error.folder / (f"error-rank{launch.rank()}.log" if launch.rank() else "error.log")
         with suppress(OSError):
             log.write_text("".join(traceback.format_exception(error.cause)), encoding="utf-8")
             found.hint = f"the traceback is in {log}; --debug shows it here"
     if debug:
         traceback.print_exception(error.cause if isinstance(error, InRun) else error)
+    left = launch.leave(found.code, found.message, found.hint)
+    if left is not None:  # who started us says it, once
+        return left
+    if launch.rank() > 0 and found.code != FAILED:  # rank 0 says the same
+        return found.code
     word = WORDS[found.code]
-    print(f"{word}: {found.message}", file=sys.stderr)
+    rank = f"rank {launch.rank()} on {socket.gethostname()}: " if launch.rank() else ""
+    print(f"{word}: {rank}{found.message}", file=sys.stderr)
     if found.hint:
         print(f"  hint: {found.hint}", file=sys.stderr)
     if json:
@@ -234,6 +266,22 @@ def _reserved_stdout() -> Iterator[None]:
 
 
 @contextmanager
+def stdout_for_children() -> Iterator[None]:
+    """Give descriptor 1 back inside the block: a process started there speaks in our place."""
+    real = getattr(sys.stdout, "real", None)
+    if real is None:
+        yield
+        return
+    aside = os.dup(1)
+    os.dup2(real.fileno(), 1)
+    try:
+        yield
+    finally:
+        os.dup2(aside, 1)
+        os.close(aside)
+
+
+@contextmanager
 def _quiet_libraries(*, debug: bool) -> Iterator[None]:
     """Keep libraries' chatter off the screen; warnings of our own become ``warning: …`` lines."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -243,7 +291,8 @@ def _quiet_libraries(*, debug: bool) -> Iterator[None]:
         return
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    logging.getLogger("DeepSpeed").addFilter(_serious)
+    for library in ("DeepSpeed", "accelerate", "transformers"):
+        logging.getLogger(library).addFilter(_serious)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.filterwarnings("always", module=r"unlearn\b")

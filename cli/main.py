@@ -8,6 +8,18 @@ import typer
 from unlearn.cli import data, evals, recipes, report
 from unlearn.cli.entry import Json, Offline, go_offline, guarded, naming, say
 from unlearn.cli.progress import Emit, listening
+from unlearn.cli.ranks import (
+    Engine,
+    Nnodes,
+    Nproc,
+    Rdzv,
+    joined_ranks,
+    launch_changes,
+    needs_launch,
+    start,
+    start_run,
+)
+from unlearn.launch import rank
 
 RUNS, BEFORE, AFTER = "Runs", "Before a run", "Evidence"
 GIVEN, HOW = "What is run", "How it is run"
@@ -118,16 +130,25 @@ def run(
     recipe: Preset = None,
     lora: Lora = False,
     set_: Set = None,
+    nproc: Nproc = None,
+    engine: Engine = None,
+    nnodes: Nnodes = None,
+    rdzv: Rdzv = None,
     offline: Offline = False,
     json: Json = False,
 ) -> None:
     """Unlearn: train a model to lose the forget set and keep the retain set."""
     changes = _changes(map_, model=model, forget=forget, retain=retain, out=out)
-    with listening() as emit:
+    changes |= launch_changes(nproc, engine, nnodes, rdzv)
+    with listening(quiet=rank() > 0) as emit:
         emit({"event": "stage", "stage": "start"})
         resolved = _resolve(method, recipe, changes, set_ or [], lora)
-        results = _run(resolved, emit, offline=offline)
-    _show(results, json=json)
+        launching = needs_launch(resolved)
+        results = {} if launching else _run(resolved, emit, offline=offline)
+    if launching:
+        start_run(resolved, offline=offline, json=json)
+    else:
+        _show(results, json=json)
 
 
 @app.command(rich_help_panel=RUNS, epilog="Example: [bold]unlearn resume runs/a[/bold]")
@@ -147,15 +168,25 @@ def resume(
         _show(stored_results(opened), json=json)
         return
     go_offline(offline)
-    with listening() as emit, naming(folder):
+    with listening(quiet=rank() > 0) as emit, naming(folder):
         emit({"event": "stage", "stage": "start"})
         from unlearn.recipes.files import load
 
-        recipe = load(str(opened.recipe), [], {"out": str(folder)})
-        from unlearn.recipes.run import resume as resume_run
+        truth = launch_changes(None, None, None, None)
+        recipe = load(str(opened.recipe), [], {"out": str(folder)} | truth)
+        launching = needs_launch(recipe)
+        results = {} if launching else _resume(recipe, opened, emit, offline=offline)
+    if launching:
+        start(recipe, ["resume", str(folder)], offline=offline, json=json)
+    else:
+        _show(results, json=json)
 
-        results = resume_run(recipe, opened, emit=emit, offline=offline)
-    _show(results, json=json)
+
+def _resume(recipe: Any, opened: Any, emit: Emit, *, offline: bool) -> dict[str, Any]:
+    from unlearn.recipes.run import resume as resume_run
+
+    with joined_ranks(recipe.launch.chosen):
+        return resume_run(recipe, opened, emit=emit, offline=offline)
 
 
 @app.command(
@@ -190,6 +221,10 @@ def plan(
     recipe: Preset = None,
     lora: Lora = False,
     set_: Set = None,
+    nproc: Nproc = None,
+    engine: Engine = None,
+    nnodes: Nnodes = None,
+    rdzv: Rdzv = None,
     measure: Annotated[
         bool,
         typer.Option(
@@ -206,6 +241,7 @@ def plan(
     changes = _changes(
         map_, model=model, forget=forget, retain=retain, out=out or Path("runs/plan")
     )
+    changes |= launch_changes(nproc, engine, nnodes, rdzv)
     go_offline(offline)
     with listening() as emit:
         emit({"event": "stage", "stage": "start"})
@@ -262,13 +298,15 @@ def _run(recipe: Any, emit: Emit, *, offline: bool) -> dict[str, Any]:
     with naming(Path(recipe.out)):
         from unlearn.recipes.run import run as run_recipe
 
-        return run_recipe(recipe, emit=emit, offline=offline)
+        with joined_ranks(recipe.launch.chosen):
+            return run_recipe(recipe, emit=emit, offline=offline)
 
 
 def _show(results: dict[str, Any], *, json: bool) -> None:
     from unlearn.cli.render import print_results
 
-    say(results, json=json, people=print_results)
+    if rank() == 0:
+        say(results, json=json, people=print_results)
 
 
 # here and not above, because panels of the help follow the order of the commands

@@ -1,27 +1,132 @@
-"""Commands that several processes of one launch (torchrun) run together."""
+"""Commands that several processes of one launch run together, and starting such a launch."""
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated, Any, Literal
+
+import typer
+
+from unlearn.launch import inside_launch, sizes
+
+PATIENCE = timedelta(hours=2)
+"""How long one process may wait for another: rank 0 may be saving. A dead one is noticed sooner."""
+SEVERAL = "Several processes"
+Nproc = Annotated[
+    int | None,
+    typer.Option(
+        "--nproc", min=1, metavar="N", help="Processes per node.", rich_help_panel=SEVERAL
+    ),
+]
+EngineName = Literal["none", "ddp", "fsdp2", "zero2", "zero3", "zero3-offload"]
+Engine = Annotated[
+    EngineName | None,
+    typer.Option(
+        "--engine",
+        metavar="ENGINE",
+        help="none, ddp, fsdp2, zero2, zero3 or zero3-offload; see docs/scale.md.",
+        rich_help_panel=SEVERAL,
+    ),
+]
+Nnodes = Annotated[
+    int | None,
+    typer.Option(
+        "--nnodes",
+        min=1,
+        metavar="N",
+        help="Nodes; start the same command on each.",
+        rich_help_panel=SEVERAL,
+    ),
+]
+Rdzv = Annotated[
+    str | None,
+    typer.Option(
+        "--rdzv", metavar="HOST:PORT", help="Where the nodes meet.", rich_help_panel=SEVERAL
+    ),
+]
+
+
+def launch_changes(
+    nproc: int | None, engine: str | None, nnodes: int | None, rdzv: str | None
+) -> dict[str, Any]:
+    """Give the recipe keys that these options change; inside a launch its true size holds."""
+    given: dict[str, Any] = {"nproc": nproc, "engine": engine, "nnodes": nnodes, "rdzv": rdzv}
+    if inside_launch():
+        given["nproc"], given["nnodes"] = sizes()
+    changes = {key: value for key, value in given.items() if value is not None}
+    return {"launch": changes} if changes else {}
+
+
+def needs_launch(recipe: Any) -> bool:
+    """Tell whether this process must start others to run the recipe."""
+    return recipe.launch.chosen != "none" and not inside_launch()
+
+
+def start_run(recipe: Any, *, offline: bool, json: bool) -> None:
+    """Run a resolved recipe in every process that it asks for; exit as the run does."""
+    from unlearn.recipes.files import dump
+    from unlearn.recipes.inputs import absolute
+
+    with TemporaryDirectory(prefix="unlearn-recipe-") as folder:
+        path = Path(folder) / "recipe.yaml"
+        path.write_text(dump(absolute(recipe)), encoding="utf-8")
+        start(recipe, ["run", str(path)], offline=offline, json=json)
+
+
+def start(recipe: Any, command: list[str], *, offline: bool, json: bool) -> None:
+    """Run a command of ours in every process that the recipe asks for; exit as the run does.
+
+    Raises:
+        LaunchEnded: the run did not succeed.
+        UserError: the engine cannot work here.
+    """
+    from unlearn.cli.entry import LaunchEnded, stdout_for_children
+    from unlearn.engines import check_engine, environment
+    from unlearn.launch import Launch
+    from unlearn.launch import start as start_processes
+    from unlearn.runs import COMMAND, command_line
+
+    section = recipe.launch
+    launch = Launch(section.nproc, section.nnodes, section.rdzv)
+    check_engine(section.chosen, section.nproc, quantized=bool(recipe.model.quantize))
+    flags = [flag for flag, on in (("--offline", offline), ("--json", json)) if on]
+    variables = environment(section.chosen) | {COMMAND: command_line()}
+    sys.stdout.flush()
+    with stdout_for_children():
+        outcome = start_processes(launch, [*command, *flags], variables=variables)
+    if outcome.code:
+        raise LaunchEnded(outcome, Path(recipe.out))
 
 
 @contextmanager
-def joined_ranks() -> Iterator[bool]:
-    """Join the processes of a launch for the block; True for the one that speaks and writes."""
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+def joined_ranks(engine: EngineName = "none") -> Iterator[bool]:
+    """Join the processes of a launch for the block; True for the one that speaks and writes.
+
+    With an ``engine``, one launched process joins too: engines want a process group.
+    """
+    alone = int(os.environ.get("WORLD_SIZE", "1")) < 2
+    if not inside_launch() or (alone and engine == "none"):
         yield True
         return
     import torch
     from torch import distributed
 
+    from unlearn.engines import environment
+
+    os.environ.update(environment(engine))
     on_gpu = torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    distributed.init_process_group("nccl" if on_gpu else "gloo")
+    distributed.init_process_group("nccl" if on_gpu else "gloo", timeout=PATIENCE)
     try:
         yield distributed.get_rank() == 0
     finally:
-        distributed.destroy_process_group()
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
 
 
 def require_one_process(command: str) -> None:

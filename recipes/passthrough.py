@@ -108,6 +108,17 @@ _OWNED: dict[str, tuple[str, ...]] = {
         "resume_from_checkpoint",
     ),
     "use `unlearn run`": ("do_train",),
+    "set `launch.engine`": (
+        "accelerator_config",
+        "ddp_backend",
+        "ddp_find_unused_parameters",
+        "ddp_static_graph",
+        "deepspeed",
+        "fsdp",
+        "fsdp_config",
+        "local_rank",
+        "parallelism_config",
+    ),
     "upload the model folder of the run yourself": (
         "hub_always_push",
         "hub_model_id",

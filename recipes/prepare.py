@@ -8,6 +8,7 @@ from typing import Any
 
 from unlearn import models
 from unlearn.data import Example, Template, encode, load_rows, pad_token_id
+from unlearn.engines import Engine
 from unlearn.evals.forget_retain import Split
 from unlearn.objectives import OBJECTIVES
 from unlearn.recipes.benchmarks import Measures, find_measures
@@ -57,11 +58,19 @@ class Prepared:
         ]
 
     @property
+    def engine(self) -> Engine:
+        return self.recipe.launch.chosen
+
+    @property
+    def rows_per_step(self) -> int:
+        """Forget rows per optimiser step, over all processes."""
+        training, launch = self.recipe.training, self.recipe.launch
+        return training.per_device_train_batch_size * self.recipe.accumulation * launch.processes
+
+    @property
     def steps_per_epoch(self) -> int:
-        """Optimiser steps per epoch on one process; the forget set is the epoch."""
-        training = self.recipe.training
-        batches = -(-len(self.streams["forget"].examples) // training.per_device_train_batch_size)
-        return -(-batches // training.gradient_accumulation_steps)
+        """Optimiser steps per epoch; the forget set is the epoch."""
+        return -(-len(self.streams["forget"].examples) // self.rows_per_step)
 
     @property
     def steps(self) -> int:

@@ -9,7 +9,7 @@ from unlearn.evals.side_by_side import side_by_side
 from unlearn.evals.statistics import forget_ratios
 from unlearn.runs import RunFolder
 
-UNPLOTTED = ("event", "time", "of", "seconds", "tokens", "memory_bytes")
+UNPLOTTED = ("event", "time", "of", "seconds", "tokens", "memory_bytes", "grad_norm")
 """What a step event holds beyond the numbers of the curve."""
 
 

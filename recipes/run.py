@@ -9,7 +9,7 @@ import gc
 import json
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,6 +21,7 @@ from unlearn import models, monitors
 from unlearn.errors import UserError
 from unlearn.evals.benchmark import Result
 from unlearn.evals.report.write import strict, write_report
+from unlearn.ranks import Ranks
 from unlearn.recipes.files import dump
 from unlearn.recipes.inputs import absolute
 from unlearn.recipes.plan import plan_run, require_disk
@@ -28,7 +29,7 @@ from unlearn.recipes.prepare import Prepared, prepare, sibling
 from unlearn.recipes.results import put_together, stored_results
 from unlearn.recipes.schema import Recipe
 from unlearn.recipes.selection import Selection, check_rule
-from unlearn.recipes.train import train
+from unlearn.recipes.train import train, whole_model
 from unlearn.runs import RunFolder, command_line, staged, versions, write_atomic, write_json
 
 Emit = Callable[[dict[str, Any]], None]
@@ -44,20 +45,31 @@ def run(
         RunFailed: the work failed. The folder can be resumed.
         Interrupted: stopped by SIGINT or SIGTERM. The folder can be resumed.
     """
-    prepared = prepare(recipe, offline=offline)
-    require_disk(plan_run(prepared))
-    folder = RunFolder.create(Path(str(recipe.out)))
-    with folder.locked():
-        if folder.recipe.exists():  # another process was quicker
-            RunFolder.create(folder.path)
+    prepared, ranks = prepare(recipe, offline=offline), Ranks.world()
+    folder = RunFolder(Path(str(recipe.out)))
+    with _written_by_first(folder, ranks, lambda: _create(prepared, folder)):
+        if ranks.rank > 0:
+            return _start(prepared, folder, emit)
         with _removed_unless_begun(folder):
             return _start(prepared, folder, emit)
 
 
+def _create(prepared: Prepared, folder: RunFolder) -> None:
+    require_disk(plan_run(prepared))
+    RunFolder.create(folder.path)
+
+
 def _start(prepared: Prepared, folder: RunFolder, emit: Emit) -> dict[str, Any]:
-    manifest = _manifest(prepared)
-    write_atomic(folder.recipe, dump(absolute(prepared.recipe)))
-    write_json(folder.manifest, manifest)
+    ranks = Ranks.world()
+    manifest = ranks.first(lambda: _manifest(prepared))
+
+    def write() -> None:
+        if folder.recipe.exists():  # another process was quicker
+            RunFolder.create(folder.path)
+        write_atomic(folder.recipe, dump(absolute(prepared.recipe)))
+        write_json(folder.manifest, manifest)
+
+    ranks.first(write)
     return _Run(prepared, folder, manifest, emit).execute()
 
 
@@ -75,16 +87,31 @@ def resume(
     """
     if folder.results.is_file():
         return stored_results(folder)
-    prepared = prepare(recipe, offline=offline)
-    with folder.locked():
+    prepared, ranks = prepare(recipe, offline=offline), Ranks.world()
+    with _written_by_first(folder, ranks):
         if not folder.manifest.is_file():  # stopped between its first two files
-            write_json(folder.manifest, _manifest(prepared))
+            ranks.first(lambda: write_json(folder.manifest, _manifest(prepared)))
         manifest = json.loads(folder.manifest.read_text())
         for name, stream in prepared.streams.items():
             if manifest[name]["sha256"] != stream.sha256():
                 message = f"the {name} set '{stream.source}' has changed since the run was started"
                 raise UserError(message, "restore the file, or start a new run")
         return _Run(prepared, folder, manifest, emit).execute()
+
+
+@contextmanager
+def _written_by_first(
+    folder: RunFolder, ranks: Ranks, before: Callable[[], None] = lambda: None
+) -> Iterator[None]:
+    """Let rank 0 alone hold the folder; do something ``before`` it is locked."""
+    with ExitStack() as stack:
+
+        def hold() -> None:
+            before()
+            stack.enter_context(folder.locked())
+
+        ranks.first(hold)
+        yield
 
 
 @contextmanager
@@ -125,10 +152,20 @@ class _Run:
     manifest: dict[str, Any]
     listener: Emit
 
+    @property
+    def ranks(self) -> Ranks:
+        return Ranks.world()
+
     def emit(self, event: dict[str, Any]) -> None:
+        if self.ranks.rank > 0:
+            return
         if event["event"] != "progress":
             self.folder.append_event(event)
         self.listener(event)
+
+    def write(self, path: Path, value: Any) -> None:
+        """Let rank 0 write a file that the others may read afterwards."""
+        self.ranks.first(lambda: write_json(path, value))
 
     def execute(self) -> dict[str, Any]:
         recipe, stop = self.prepared.recipe, monitors.StopRequest()
@@ -154,7 +191,8 @@ class _Run:
             message = f"the model '{self.prepared.source.path}' has changed since the run began"
             raise UserError(message, "restore it, or start a new run")
         self.manifest["device"] = str(model.device)
-        write_json(self.folder.manifest, self.manifest)
+        self.manifest["processes"] = self.ranks.size
+        self.write(self.folder.manifest, self.manifest)
         before = self.benchmark("before", model)
         if rule := self.prepared.recipe.evals.select_best:
             check_rule(rule, before["metrics"])
@@ -170,13 +208,22 @@ class _Run:
         self.manifest["training"] = summary
         if self.selection:
             self._measure_step(model, summary["steps"])
-            self.manifest["selected"] = self.selection.restore(model)
-        write_json(self.folder.manifest, self.manifest)
-        self.emit({"event": "stage", "stage": "save"})
-        with staged(self.folder.model) as staging:
-            models.save_model(model, self.prepared.tokenizer, staging, self.folder.adapter)
+        self._save(model)
         del model
         gc.collect()
+
+    def _save(self, model: Any) -> None:
+        """Save the trained weights, or those of the best step; one process writes."""
+        self.emit({"event": "stage", "stage": "save"})
+        model = whole_model(self.prepared, model)
+        self.ranks.first(lambda: self._write_model(model))
+
+    def _write_model(self, model: Any) -> None:
+        if self.selection:
+            self.manifest["selected"] = self.selection.restore(model)
+        write_json(self.folder.manifest, self.manifest)
+        with staged(self.folder.model) as staging:
+            models.save_model(model, self.prepared.tokenizer, staging, self.folder.adapter)
 
     @property
     def selection(self) -> Selection | None:
@@ -212,7 +259,7 @@ class _Run:
         )
         if name == "retain_model":
             result = measures.as_retain_model(result)
-        write_json(self.folder.evaluation(name), strict(result.to_dict()))
+        self.write(self.folder.evaluation(name), strict(result.to_dict()))
         self.emit({"event": "metrics", "name": name, "metrics": result.values()})
         return self._stored(name)
 
@@ -230,8 +277,11 @@ class _Run:
         return dict(json.loads(self.folder.evaluation(name).read_text()))
 
     def _finish(self, found: dict[str, dict[str, Any]]) -> dict[str, Any]:
-        manifest = self.manifest | {"finished": _now()}
-        results = put_together(self.folder, self.prepared.recipe.method, manifest, found)
-        write_report(self.folder.path, results)
-        write_json(self.folder.results, results)
-        return results
+        def write() -> None:
+            manifest = self.manifest | {"finished": _now()}
+            results = put_together(self.folder, self.prepared.recipe.method, manifest, found)
+            write_report(self.folder.path, results)
+            write_json(self.folder.results, results)
+
+        self.ranks.first(write)
+        return stored_results(self.folder)

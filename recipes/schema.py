@@ -22,6 +22,7 @@ from unlearn.errors import UserError
 from unlearn.recipes.passthrough import KNOWN_OPTIMIZERS, check_optimizer, passthrough_mistakes
 
 Stream = Literal["forget", "retain"]
+Engine = Literal["none", "ddp", "fsdp2", "zero2", "zero3", "zero3-offload"]
 Scheduler = Literal[
     "linear",
     "cosine",
@@ -158,7 +159,9 @@ class TrainingSection(_Section):
     per_device_train_batch_size: int = Field(default=8, ge=1)
     """Forget rows in one forward pass per device; as many retain rows join them."""
     gradient_accumulation_steps: int = Field(default=4, ge=1)
-    """Forward passes per optimiser step; changes memory, not the step."""
+    """Forward passes of each process per optimiser step."""
+    global_batch_size: int | None = Field(default=None, ge=1)
+    """Forget rows per optimiser step over all processes, instead of gradient_accumulation_steps."""
     learning_rate: float = Field(default=1e-5, gt=0)
     """Highest learning rate, reached after the warm-up."""
     lr_scheduler_type: Scheduler = "linear"
@@ -248,6 +251,39 @@ class SelectSection(_Section):
     """Metric -> bound: at most it where less is wanted, at least it where more is wanted."""
 
 
+class LaunchSection(_Section):
+    """How many processes share the run, and which engine joins them."""
+
+    engine: Engine | None = None
+    """What splits the work: see docs/scale.md. null: `none` for one process, `ddp` for several."""
+    nproc: int = Field(default=1, ge=1)
+    """Processes on each node, one per device."""
+    nnodes: int = Field(default=1, ge=1)
+    """Nodes that take part; the same command is started on each."""
+    rdzv: str | None = Field(default=None, pattern=r"^[^\s:]+:\d+$")
+    """Where the nodes meet: HOST:PORT of one of them. Needed with several nodes."""
+
+    @property
+    def processes(self) -> int:
+        """Processes of all nodes."""
+        return self.nproc * self.nnodes
+
+    @property
+    def chosen(self) -> Engine:
+        """The engine, with the default filled in."""
+        return self.engine or ("none" if self.processes == 1 else "ddp")
+
+    @model_validator(mode="after")
+    def _engine_for_several(self) -> Self:
+        if self.engine == "none" and self.processes > 1:
+            message = (
+                f"engine: 'none' given with {self.processes} processes; it knows one only: "
+                "choose ddp, fsdp2, zero2 or zero3, or leave engine out"
+            )
+            raise PydanticCustomError("engine", "{why}", {"why": message})
+        return self
+
+
 class EvalsSection(_Section):
     """What is measured, how much of it, and when."""
 
@@ -304,10 +340,35 @@ class Recipe(_Section):
     """Terms of the loss; at least one on forget."""
     training: TrainingSection = TrainingSection()
     evals: EvalsSection = EvalsSection()
+    launch: LaunchSection = LaunchSection()
     seed: int = Field(default=0, ge=0, lt=2**32)
     """Seed of everything random: pairing, order, dropout."""
     out: str | None = Field(default=None, min_length=1)
     """New folder for the run. Required to run."""
+
+    @property
+    def accumulation(self) -> int:
+        """Forward passes of each process per optimiser step, in effect."""
+        training = self.training
+        if training.global_batch_size is None:
+            return training.gradient_accumulation_steps
+        return training.global_batch_size // self._rows_at_once
+
+    @property
+    def _rows_at_once(self) -> int:
+        return self.training.per_device_train_batch_size * self.launch.processes
+
+    @model_validator(mode="after")
+    def _global_batch_is_whole(self) -> Self:
+        wanted, at_once = self.training.global_batch_size, self._rows_at_once
+        if wanted is not None and wanted % at_once:
+            message = (
+                f"training.global_batch_size: {wanted} given; must be a multiple of {at_once}, the "
+                f"rows of one forward pass (per_device_train_batch_size "
+                f"{self.training.per_device_train_batch_size} on {self.launch.processes} processes)"
+            )
+            raise PydanticCustomError("global_batch", "{why}", {"why": message})
+        return self
 
     @model_validator(mode="after")
     def _adapters_or_chosen_weights(self) -> Self:

@@ -12,8 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
+from unlearn.engines import put_trained, trained_weights
 from unlearn.errors import RunFailed, unknown
+from unlearn.ranks import Ranks
 from unlearn.recipes.schema import SelectSection
 from unlearn.runs import staged, write_json
 
@@ -44,11 +47,13 @@ class Selection:
             "satisfied": score[0] == 0,
             "rank": score,
         }
+        ranks = Ranks.world()
+        weights = trained_weights(model, keep=ranks.rank == 0)
+        ranks.first(lambda: self._keep(dict(weights), record))
+
+    def _keep(self, weights: dict[str, Tensor], record: dict[str, Any]) -> None:
         with staged(self.folder) as staging:
-            save_file(
-                {name: p.detach().cpu().contiguous() for name, p in _trained(model).items()},
-                staging / WEIGHTS,
-            )
+            save_file(weights, staging / WEIGHTS)
             write_json(staging / RECORD, record)
 
     def best(self) -> dict[str, Any] | None:
@@ -68,9 +73,7 @@ class Selection:
                 f"'{self.rule.metric}' was not a number at any measured step",
                 "choose another evals.select_best.metric",
             )
-        stored = load_file(self.folder / WEIGHTS)
-        for name, parameter in _trained(model).items():
-            parameter.data.copy_(stored[name])
+        put_trained(model, load_file(self.folder / WEIGHTS))
         return best
 
 
@@ -102,7 +105,3 @@ def check_rule(rule: SelectSection, details: Mapping[str, Mapping[str, Any]]) ->
     for name in (rule.metric, *rule.constraints):
         if name not in wanted:
             raise unknown("metric in evals.select_best:", name, wanted)
-
-
-def _trained(model: Any) -> dict[str, Any]:
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}

@@ -8,12 +8,15 @@ from typing import Any
 
 import torch
 from transformers import PrinterCallback, TrainerState, TrainingArguments
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from unlearn import checkpoints, models, monitors, reference
 from unlearn.activations import check_layer
 from unlearn.data.collate import Collator, StreamDataset
+from unlearn.engines import SHARDED, engine_arguments, is_sharded, put_trained, trained_weights
 from unlearn.errors import Interrupted
 from unlearn.packing import can_pack, packable
+from unlearn.ranks import Ranks
 from unlearn.recipes.prepare import Prepared
 from unlearn.runs import cache_folder
 from unlearn.scores import Scorer
@@ -39,6 +42,8 @@ def train(
         RunFailed: non-finite gradients, or nothing moves.
     """
     trainer = make_trainer(prepared, model, folder, weights_hash=weights_hash, emit=emit)
+    ranks = Ranks.world()
+    stop.agree = ranks.any
     trainer.add_callback(stop)
     every = prepared.recipe.evals.every
     if every and on_step:
@@ -48,11 +53,38 @@ def train(
         emit({"event": "warning", "message": f"{name} is damaged or incomplete: passed over"})
     emit({"event": "stage", "stage": "train", "resumed_from": last and last.name})
     _train_from(trainer, last, prepared.steps)
+    unset_hf_deepspeed_config()  # else models loaded from now on would be split by ZeRO 3
     if stop.requested:
         emit({"event": "interrupted", "step": trainer.state.global_step})
         raise Interrupted(f"stopped after step {trainer.state.global_step}, which is saved")
-    steps, memory = trainer.state.global_step, monitors.peak_memory_bytes()
-    return trainer.model, {"steps": steps, "peak_memory_bytes": memory}
+    summary = {"steps": trainer.state.global_step, "peak_memory_bytes": peak_memory(ranks)}
+    return trainer.model, summary
+
+
+def whole_model(prepared: Prepared, model: Any) -> Any:
+    """Give a trained model as one process can save it; every process must call this.
+
+    Weights that an engine has split are put together on the CPU of rank 0; the others get None.
+    """
+    if not is_sharded(model):
+        return model
+    first = Ranks.world().rank == 0
+    weights = trained_weights(model, keep=first)
+    if not first:
+        return None
+    fresh = models.load_model(prepared.source, device="cpu")
+    choose_trained(prepared, fresh)
+    if lora := lora_of(prepared):
+        fresh = models.add_lora(fresh, lora)
+    put_trained(fresh, weights)
+    return fresh
+
+
+def peak_memory(ranks: Ranks) -> int:
+    """Give the most memory that any process of the launch has held."""
+    mine = torch.zeros(ranks.size, dtype=torch.long)
+    mine[ranks.rank] = monitors.peak_memory_bytes()
+    return int(ranks.add(mine).max())
 
 
 def _train_from(trainer: UnlearningTrainer, last: Path | None, steps: int) -> None:
@@ -89,14 +121,13 @@ def make_trainer(
         data_collator=Collator(prepared.pad_id, stored),
         terms=prepared.terms,
         scorer=scorer,
-        live=reference.LiveReference.of(model) if needs_live(prepared) else None,
+        live=_live_reference(prepared, model),
         keep_checkpoints=recipe.training.save_total_limit,
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(monitors.UpdateCheck(emit))
-    trainer.add_callback(
-        monitors.StepEvents(emit, lambda: trainer.readings, lambda: trainer.num_tokens)
-    )
+    hidden = prepared.engine.startswith("zero")
+    trainer.add_callback(monitors.UpdateCheck(emit, hidden, Ranks.world().add))
+    trainer.add_callback(monitors.StepEvents(emit, trainer.summary, lambda: trainer.num_tokens))
     return trainer
 
 
@@ -134,6 +165,12 @@ def needs_live(prepared: Prepared) -> bool:
     return bool(asking - _stored_streams(prepared))
 
 
+def _live_reference(prepared: Prepared, model: Any) -> reference.LiveReference | None:
+    if not needs_live(prepared):
+        return None
+    return reference.LiveReference.of(model, share=prepared.engine not in SHARDED)
+
+
 def _stored_reference(
     prepared: Prepared, model: Any, scorer: Scorer, weights_hash: str, emit: Emit
 ) -> dict[str, Any]:
@@ -169,8 +206,12 @@ def training_arguments(prepared: Prepared, folder: Path) -> TrainingArguments:
             "reference",
             "trainable",
             "gradient_checkpointing",
+            "global_batch_size",
+            "gradient_accumulation_steps",
         }
     )
+    bf16 = models.resolve_dtype(prepared.recipe.model.dtype) == torch.bfloat16
+    passed |= engine_arguments(prepared.engine, bf16=bf16 or bool(section.extras.get("bf16")))
     if section.gradient_checkpointing:
         passed |= _checkpointing()
     warmup = section.warmup_steps
@@ -179,6 +220,7 @@ def training_arguments(prepared: Prepared, folder: Path) -> TrainingArguments:
     return TrainingArguments(
         output_dir=str(folder),
         warmup_steps=warmup,
+        gradient_accumulation_steps=prepared.recipe.accumulation,
         save_strategy="steps" if section.save_steps else "epoch",
         save_steps=section.save_steps or 500,
         seed=prepared.recipe.seed,

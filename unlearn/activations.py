@@ -12,8 +12,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from unlearn.errors import UserError
+from unlearn.forward import hidden_states
 from unlearn.head import plain, upcast
-from unlearn.scores import IGNORE, hidden_states, join_streams
+from unlearn.scores import IGNORE, join_streams
 
 
 @dataclass(frozen=True)

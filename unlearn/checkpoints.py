@@ -7,23 +7,28 @@ every file, and renamed into place. Resuming takes the newest one that still mat
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from unlearn.runs import staged, write_json
+from unlearn.runs import settle, write_json
 
 SEAL = "complete.json"
 
 
-@contextmanager
-def sealed(folder: Path) -> Iterator[Path]:
-    """Give a staging folder; afterwards list its files, flush them and rename it to ``folder``."""
-    with staged(folder) as staging:
-        yield staging
-        files = sorted(path for path in staging.rglob("*") if path.is_file())
-        entries = {str(path.relative_to(staging)): _entry(path) for path in files}
-        write_json(staging / SEAL, entries)
+def begin(folder: Path) -> Path:
+    """Make the staging folder of a checkpoint; :func:`seal` turns it into ``folder``."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    return Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+
+
+def seal(staging: Path, folder: Path, identity: Mapping[str, Any] | None = None) -> None:
+    """List the files of a filled staging folder, flush them and rename it to ``folder``."""
+    files = sorted(path for path in staging.rglob("*") if path.is_file())
+    entries = {str(path.relative_to(staging)): _entry(path) for path in files}
+    write_json(staging / SEAL, entries)
+    settle(staging, folder)
 
 
 def is_complete(folder: Path) -> bool:

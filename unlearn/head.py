@@ -3,11 +3,11 @@
 The head is called as the module it is (tied, untied, with a LoRA on it, sharded by an engine), on
 a few labelled positions at a time; each chunk is recomputed in the backward pass. What a model does
 to its logits after the head (soft-capping, scaling) is read from its configuration, and
-:func:`agrees_with_model` compares the result with the model's own logits before it is trusted.
+the scorer compares the result with the model's own logits before it is trusted.
 """
 
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -55,6 +55,7 @@ class VocabularyHead:
     scale: float = 1.0
     softcap: float | None = None
     chunk_bytes: int = CHUNK_BYTES
+    project: Callable[[Tensor], Tensor] | None = None
 
     @classmethod
     def of(cls, model: Any, *, chunk_bytes: int = CHUNK_BYTES) -> "VocabularyHead | None":
@@ -67,13 +68,18 @@ class VocabularyHead:
         scale = float(getattr(config, "logit_scale", None) or 1.0)
         scale /= float(getattr(config, "logits_scaling", None) or 1.0)
         softcap = getattr(config, "final_logit_softcapping", None)
-        return cls(linear, linear.weight.shape[0], scale, softcap, chunk_bytes)
+        shape = getattr(linear.weight, "ds_shape", linear.weight.shape)  # split by ZeRO 3, or not
+        return cls(linear, shape[0], scale, softcap, chunk_bytes)
+
+    def calling(self, project: Callable[[Tensor], Tensor]) -> "VocabularyHead":
+        """Give the same head with another way to apply its linear map: inside the module's call."""
+        return replace(self, project=project)
 
     def logits(
         self, hidden: Float[Tensor, "*positions width"]
     ) -> Float[Tensor, "*positions vocab"]:
         """Give the logits at these positions, in fp32 or fp64."""
-        logits = upcast(self.linear(hidden))
+        logits = upcast((self.project or self.linear)(hidden))
         if self.scale != 1.0:
             logits = logits * self.scale
         if self.softcap is not None:
@@ -152,14 +158,12 @@ def plain(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-@torch.no_grad()
-def agrees_with_model(head: VocabularyHead, model: Any, hidden: Tensor, logits: Tensor) -> bool:
-    """Tell whether the head gives the model's own log-probabilities, within rounding."""
-    ours = head.logits(hidden).log_softmax(-1)
-    theirs = upcast(logits).log_softmax(-1)
+def same_log_probs(ours: Tensor, theirs: Tensor, model: Any) -> bool:
+    """Tell whether two sets of logits give the same log-probabilities, within rounding."""
+    ours, theirs = ours.log_softmax(-1), upcast(theirs).log_softmax(-1)
     if ours.shape != theirs.shape:
         return False
-    coarse = next(plain(model).parameters()).dtype in (torch.bfloat16, torch.float16)
+    coarse = next(model.parameters()).dtype in (torch.bfloat16, torch.float16)
     tolerance = 0.1 if coarse else 1e-4
     # a model that gives NaN is broken, but its head is found: the benchmarks say what is wrong
     return bool(torch.allclose(ours, theirs, rtol=0, atol=tolerance, equal_nan=True))

@@ -15,12 +15,15 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
+from unlearn.engines import local
 from unlearn.errors import Interrupted, RunFailed
 
 Emit = Callable[[dict[str, Any]], None]
 
 PROBE = 64
 """How many elements of a tensor are watched: those with the largest gradient."""
+SPREAD = 4096
+"""How many are watched where gradients cannot be seen."""
 PATIENCE = 3
 """Steps a tensor may wait for its first gradient: a LoRA A matrix gets none while B is zero."""
 
@@ -37,15 +40,19 @@ def peak_memory_bytes() -> int:
 class UpdateCheck(TrainerCallback):
     """Checks once that training reaches every trainable tensor.
 
-    After the first step with a learning rate above zero each trainable tensor must have moved. A
-    tensor whose gradient is exactly zero is given :data:`PATIENCE` steps. What did not move is
-    named in an ``unmoved`` event.
+    After the first step with a learning rate above zero each trainable tensor must have moved, on
+    some rank. A tensor whose gradient is exactly zero is given :data:`PATIENCE` steps. What did not
+    move is named in an ``unmoved`` event. ``hidden``: the engine keeps the gradients to itself;
+    then elements all over the tensor are watched, and every tensor is given the patience.
     """
 
     emit: Emit
+    hidden: bool = False
+    moved: Callable[[Tensor], Tensor] = lambda flags: flags
+    """Adds flags up over the ranks."""
     steps: int = 0
     pending: dict[str, Tensor] = field(default_factory=dict)
-    before: dict[str, tuple[Tensor, Tensor] | None] = field(default_factory=dict)
+    before: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     done: bool = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -53,43 +60,70 @@ class UpdateCheck(TrainerCallback):
         self.pending = {name: tensor for name, tensor in named if tensor.requires_grad}
         self.done = state.global_step > 0  # a resumed run was checked before
 
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.hidden:  # such an engine's step is over when the others' begins
+            self._watch(kwargs["optimizer"], _spread)
+
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if not self.done and kwargs["optimizer"].param_groups[0]["lr"] > 0:
-            self.before = {name: _largest(tensor) for name, tensor in self.pending.items()}
+        if not self.hidden:
+            self._watch(kwargs["optimizer"], _largest)
+
+    def _watch(self, optimizer: Any, places: Callable[[Tensor], Tensor]) -> None:
+        if self.done or optimizer.param_groups[0]["lr"] <= 0:
+            return
+        for name, tensor in self.pending.items():
+            chosen = places(tensor)
+            self.before[name] = chosen, local(tensor).flatten()[chosen].clone()
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.done or not self.before:
             return
         self.steps += 1
-        stuck = {n: t for n, t in self.pending.items() if not _moved(t, self.before[n])}
+        stuck, waiting = self._stuck()
         if self.steps == 1 and len(stuck) == len(self.pending):
             raise RunFailed(
                 "the first optimiser step moved no weight at all",
                 "raise training.learning_rate, or use float32: bfloat16 rounds small steps away",
             )
         patient = self.steps < PATIENCE
-        self.pending = {n: t for n, t in stuck.items() if patient and not _has_gradient(t)}
+        self.pending = {name: self.pending[name] for name in stuck if patient and name in waiting}
         self.before = {}
         self.done = not self.pending
         if unmoved := [name for name in stuck if name not in self.pending]:
             step = state.global_step + 1
             self.emit({"event": "unmoved", "step": step, "tensors": unmoved})
 
+    def _stuck(self) -> tuple[list[str], set[str]]:
+        """Name the tensors that moved on no rank, and those without any gradient on all ranks."""
+        moved = [_moved(tensor, *self.before[name]) for name, tensor in self.pending.items()]
+        driven = [not self.hidden and _has_gradient(tensor) for tensor in self.pending.values()]
+        flags = self.moved(torch.tensor([moved, driven]).int()).bool().tolist()
+        names = list(self.pending)
+        return (
+            [name for name, yes in zip(names, flags[0], strict=True) if not yes],
+            {name for name, yes in zip(names, flags[1], strict=True) if not yes},
+        )
 
-def require_finite_gradients(model: Any) -> None:
+
+def require_finite_gradients(model: Any, norm: float | None = None) -> None:
     """Raise :class:`RunFailed` naming trainable tensors whose gradient is missing or not finite.
 
-    Must be called before clipping, which spreads one NaN over all tensors.
+    Must be called before clipping, which spreads one NaN over all tensors. ``norm`` is that of the
+    whole gradient, from an engine that keeps the tensors to itself: nothing can be named then.
     """
+    hint = "lower training.learning_rate, or train in float32"
+    if norm is not None:
+        if not math.isfinite(norm):
+            raise RunFailed("the gradient of the first step is not finite", hint)
+        return
     tensors = {name: tensor for name, tensor in model.named_parameters() if tensor.requires_grad}
     missing = [name for name, tensor in tensors.items() if tensor.grad is None]
     if missing:
         raise RunFailed(
             _named("no gradient reached", missing), "freeze them or change the objective"
         )
-    bad = [n for n, t in tensors.items() if t.grad is not None and not t.grad.isfinite().all()]
+    bad = [n for n, t in tensors.items() if not local(t.grad).isfinite().all()]
     if bad:
-        hint = "lower training.learning_rate, or train in float32"
         raise RunFailed(_named("the gradient is not finite in", bad), hint)
 
 
@@ -99,23 +133,26 @@ def _named(what: str, names: list[str]) -> str:
 
 
 def _has_gradient(tensor: Tensor) -> bool:
-    return tensor.grad is not None and bool(tensor.grad.any())
+    return tensor.grad is not None and bool(local(tensor.grad).any())
 
 
-def _largest(tensor: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Give the places of the largest gradients and the values there, before the step."""
+def _largest(tensor: Tensor) -> Tensor:
+    """Give the places of the largest gradients in this process's part."""
     if tensor.grad is None:
-        return None
-    flat = tensor.grad.detach().abs().flatten()
-    places = flat.topk(min(PROBE, len(flat))).indices
-    return places, tensor.detach().flatten()[places].clone()
+        return torch.empty(0, dtype=torch.long, device=tensor.device)
+    flat = local(tensor.grad).abs().flatten()
+    return flat.topk(min(PROBE, len(flat))).indices
 
 
-def _moved(tensor: Tensor, probe: tuple[Tensor, Tensor] | None) -> bool:
-    if probe is None:
-        return False
-    places, values = probe
-    return not torch.equal(tensor.detach().flatten()[places], values)
+def _spread(tensor: Tensor) -> Tensor:
+    """Give places all over this process's part."""
+    part = local(tensor)
+    step = max(1, part.numel() // SPREAD)
+    return torch.arange(0, part.numel(), step, device=part.device)
+
+
+def _moved(tensor: Tensor, places: Tensor, values: Tensor) -> bool:
+    return not torch.equal(local(tensor).flatten()[places], values)
 
 
 @dataclass
@@ -123,7 +160,7 @@ class StepEvents(TrainerCallback):
     """Emits one ``step`` event per optimiser step with every reading, the rate and the pace."""
 
     emit: Emit
-    readings: Callable[[], Mapping[str, Tensor]]
+    readings: Callable[[], Mapping[str, float]]
     tokens: Callable[[], int] = lambda: 0
     started: float = 0.0
 
@@ -133,7 +170,7 @@ class StepEvents(TrainerCallback):
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         event: dict[str, Any] = {"event": "step", "step": state.global_step + 1}
         event["of"] = state.max_steps
-        event |= {name: float(value) for name, value in self.readings().items()}
+        event |= self.readings()
         _require_finite_readings(event)
         event["learning_rate"] = kwargs["optimizer"].param_groups[0]["lr"]
         event["seconds"] = round(time.monotonic() - self.started, 3)
@@ -171,12 +208,15 @@ class EverySteps(TrainerCallback):
 class StopRequest(TrainerCallback):
     """Turns SIGINT and SIGTERM into a saved checkpoint at the end of the current step.
 
-    Outside training there is nothing to finish: the signal raises :class:`Interrupted` at once. A
-    second signal stops immediately.
+    ``agree`` tells every rank whether one of them was asked: all stop after the same step. Outside
+    training there is nothing to finish: the signal raises :class:`Interrupted` at once. A second
+    signal stops immediately.
     """
 
     requested: bool = False
+    stopped: bool = False
     in_step: bool = False
+    agree: Callable[[bool], bool] = bool
 
     @contextmanager
     def listening(self) -> Iterator["StopRequest"]:
@@ -189,12 +229,18 @@ class StopRequest(TrainerCallback):
         before = {number: signal.signal(number, self._receive) for number in numbers}
         try:
             yield self
+        except Exception as error:
+            if self.requested or self.stopped:
+                # the others have stopped already, and what we waited for never came
+                raise Interrupted("stopped on request") from error
+            raise
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
     def _receive(self, number: int, frame: Any) -> None:
         if self.requested or not self.in_step:
+            self.stopped = True
             raise Interrupted("stopped on request")
         self.requested = True
 
@@ -202,6 +248,7 @@ class StopRequest(TrainerCallback):
         self.in_step = True
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.requested = self.agree(self.requested)
         if self.requested:
             control.should_save = True
             control.should_training_stop = True

@@ -99,7 +99,7 @@ class Packing:
         sorted_mask = attended[order]
         starts = (order * width)[:, None] + torch.arange(width, device=order.device)
         places = starts[sorted_mask]
-        groups = tuple(_groups(lengths.tolist(), order.device))
+        groups = tuple(_groups(lengths[lengths > 0].tolist(), order.device))
         return cls(places, (places % width)[None], groups, batch, width)
 
     def pack(self, padded: Tensor) -> Tensor:

@@ -1,12 +1,16 @@
 """Sharing work between the processes of one launch, and giving all of them the whole result."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed
 from torch.nn.parallel import DistributedDataParallel
+
+from unlearn.engines import is_sharded
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -27,13 +31,35 @@ class Ranks:
         Where an engine splits the weights between the ranks (FSDP2, ZeRO 3), a forward pass needs
         all of them at once: nothing is shared, every rank does the same work in step.
         """
+        return cls() if is_sharded(model) else cls.world()
+
+    @classmethod
+    def world(cls) -> "Ranks":
+        """Give all ranks of the launch, whatever they hold."""
         if not (distributed.is_available() and distributed.is_initialized()):
             return cls()
-        if any(hasattr(p, "ds_id") or hasattr(p, "device_mesh") for p in model.parameters()):
-            return cls()
         on_cpu = "gloo" in str(distributed.get_backend())
-        device = "cpu" if on_cpu else next(model.parameters()).device
+        device = "cpu" if on_cpu else f"cuda:{torch.cuda.current_device()}"
         return cls(distributed.get_rank(), distributed.get_world_size(), device)
+
+    def first(self, work: Callable[[], T]) -> T:
+        """Let rank 0 do this; the others wait, get what it got, and fail when it fails.
+
+        What it gives must be plain data: it travels pickled between our own processes.
+        """
+        if self.size == 1:
+            return work()
+        told: list[Any] = [None, None]
+        if self.rank == 0:
+            try:
+                told = [work(), None]
+            except Exception as error:
+                told = [None, error]
+        distributed.broadcast_object_list(told, 0, device=torch.device(self.device))
+        if told[1] is not None:
+            raise told[1]
+        value: T = told[0]
+        return value
 
     def gather(self, values: Tensor, sizes: Sequence[int]) -> list[Tensor]:
         """Give the [row, size] values of all ranks, by rank; ``sizes`` names them, 0 for none."""
@@ -57,6 +83,14 @@ class Ranks:
     def all(self, flag: bool) -> bool:
         """Tell whether the flag is set on every rank."""
         return int(self.add(torch.tensor([int(flag)]))) == self.size
+
+    def any(self, flag: bool) -> bool:
+        """Tell whether the flag is set on some rank."""
+        return int(self.add(torch.tensor([int(flag)]))) > 0
+
+    def barrier(self) -> None:
+        """Wait until every rank has come here."""
+        self.any(False)
 
     def share(self, parts: Sequence[bytes | None]) -> list[bytes | None]:
         """Give rank 0's parts to all ranks; each names as many, None where there is nothing."""

@@ -105,11 +105,14 @@ class LiveReference:
     model: Any | None
 
     @classmethod
-    def of(cls, model: Any) -> "LiveReference":
-        """Use the adapters' off switch where there is one, otherwise copy what is trained."""
+    def of(cls, model: Any, *, share: bool = True) -> "LiveReference":
+        """Use the adapters' off switch where there is one, otherwise copy what is trained.
+
+        Frozen weights are not copied, unless ``share`` is off: ZeRO 3 is about to split them.
+        """
         if hasattr(model, "disable_adapter"):
             return cls(Scorer.for_model(model, check=False), None)
-        shared = {id(p): p for p in model.parameters() if not p.requires_grad}
+        shared = {id(p): p for p in model.parameters() if share and not p.requires_grad}
         frozen = copy.deepcopy(model, shared).eval().requires_grad_(False)
         return cls(Scorer.for_model(frozen, check=False), frozen)
 

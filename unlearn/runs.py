@@ -61,18 +61,23 @@ def staged(folder: Path) -> Iterator[Path]:
     staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         yield staging
-        for path in staging.rglob("*"):
-            if path.is_file():
-                path.chmod(0o644)  # some writers leave files readable by their owner alone
-                _flush(path)
-        os.chmod(staging, 0o755)
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.rename(staging, folder)
-        _settle(folder.parent)
+        settle(staging, folder)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
+
+
+def settle(staging: Path, folder: Path) -> None:
+    """Flush all files of a staging folder to disk, then give it its own name."""
+    for path in staging.rglob("*"):
+        if path.is_file():
+            path.chmod(0o644)  # some writers leave files readable by their owner alone
+            _flush(path)
+    os.chmod(staging, 0o755)
+    if folder.exists():
+        shutil.rmtree(folder)
+    os.rename(staging, folder)
+    _settle(folder.parent)
 
 
 def _settle(folder: Path) -> None:
@@ -214,6 +219,10 @@ def versions() -> dict[str, str]:
     return found
 
 
+COMMAND = "UNLEARN_COMMAND"
+"""Variable that tells launched processes the command a person typed."""
+
+
 def command_line() -> str:
     """Give the command this process was started with, as one would type it again."""
-    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    return os.environ.get(COMMAND) or shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])

@@ -6,8 +6,7 @@ chunks. Everything downstream (objectives, metrics, detectors) is a function of 
 
 import inspect
 import warnings
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,15 +15,15 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import pad
 
+from unlearn.forward import read_head, read_layout
 from unlearn.head import (
     TokenReadings,
     VocabularyHead,
-    agrees_with_model,
     plain,
+    same_log_probs,
     upcast,
     vocabulary_statistics,
 )
-from unlearn.packing import Packing, is_packable, layout_forward, packed_forward
 from unlearn.prefixes import TokenTree
 
 IGNORE = -100
@@ -146,15 +145,29 @@ class Scorer:
     ) -> dict[str, Scores]:
         """Score several streams in one forward pass, then split."""
         joined, widths = join_streams([batch["input_ids"] for batch in batches.values()], 0)
+        sizes = [len(batch["input_ids"]) for batch in batches.values()]
+
+        def parts(whole: Tensor) -> dict[str, Tensor]:
+            rows = zip(batches, whole.split(sizes), widths, strict=True)
+            return {name: part[:, :width] for name, part, width in rows}
+
         if self.head is None:
-            parts = _full_logits(model, joined)
+            found = {
+                name: {"logits": part} for name, part in parts(_full_logits(model, joined)).items()
+            }
         else:
             attention, _ = join_streams([batch["attention_mask"] for batch in batches.values()], 0)
-            parts = hidden_states(model, joined, attention.bool())
-        rows = parts.split([len(batch["input_ids"]) for batch in batches.values()])
+
+            def read(head: VocabularyHead, hidden: Tensor) -> dict[str, dict[str, Tensor]]:
+                return {
+                    name: _read(head, part, batches[name]["labels"], want.get(name, ()))
+                    for name, part in parts(hidden).items()
+                }
+
+            found = read_head(model, self.head, read, joined, attention.bool())
         return {
-            name: self._stream(part[:, :width], batch, want.get(name, ()))
-            for (name, batch), part, width in zip(batches.items(), rows, widths, strict=True)
+            name: _laid_out(found[name], batch, want.get(name, ()))
+            for name, batch in batches.items()
         }
 
     @torch.no_grad()
@@ -172,24 +185,41 @@ class Scorer:
         Only inside :func:`unlearn.packing.packable`, and only with a head.
         """
         assert self.head is not None
-        with _leaving(plain(model).get_decoder()) as found:
-            layout_forward(model, tree.ids, tree, logits_to_keep=1)
-        return self.head.read(found[0][0, predicting], targets, want=want)
 
-    def _stream(self, part: Tensor, batch: Mapping[str, Tensor], want: Collection[str]) -> Scores:
-        labels, attention = batch["labels"], batch["attention_mask"]
-        if self.head is None or "logits" in want:
-            logits = part if self.head is None else self.head.logits(part)
-            full = Scores.from_logits(logits, labels, attention, statistics="statistics" in want)
-            return full if "logits" in want else replace(full, logits=None)
-        mask = label_mask(labels)
-        readings = self.head.read(part[mask], labels.roll(-1, 1)[mask], want=want)
-        found = {
-            name: torch.zeros_like(mask, dtype=values.dtype).masked_scatter(mask, values)
-            for name, values in vars(readings).items()
-            if values is not None
-        }
-        return Scores(mask=mask, attended=attention.bool(), **found)
+        def read(head: VocabularyHead, hidden: Tensor) -> dict[str, Tensor]:
+            return _said(head.read(hidden[0, predicting], targets, want=want))
+
+        return TokenReadings(**read_layout(model, self.head, read, tree.ids, tree))
+
+
+def _read(
+    head: VocabularyHead, hidden: Tensor, labels: Tensor, want: Collection[str]
+) -> dict[str, Tensor]:
+    """Read one stream's hidden states: full logits if asked for, else labelled positions alone."""
+    if "logits" in want:
+        return {"logits": head.logits(hidden)}
+    mask = label_mask(labels)
+    return _said(head.read(hidden[mask], labels.roll(-1, 1)[mask], want=want))
+
+
+def _said(readings: TokenReadings) -> dict[str, Tensor]:
+    return {name: values for name, values in vars(readings).items() if values is not None}
+
+
+def _laid_out(
+    found: Mapping[str, Tensor], batch: Mapping[str, Tensor], want: Collection[str]
+) -> Scores:
+    labels, attention = batch["labels"], batch["attention_mask"]
+    if "logits" in found:
+        statistics = "statistics" in want
+        full = Scores.from_logits(found["logits"], labels, attention, statistics=statistics)
+        return full if "logits" in want else replace(full, logits=None)
+    mask = label_mask(labels)
+    columns = {
+        name: torch.zeros_like(mask, dtype=values.dtype).masked_scatter(mask, values)
+        for name, values in found.items()
+    }
+    return Scores(mask=mask, attended=attention.bool(), **columns)
 
 
 def join_streams(tensors: list[Tensor], fill: int) -> tuple[Tensor, list[int]]:
@@ -198,40 +228,6 @@ def join_streams(tensors: list[Tensor], fill: int) -> tuple[Tensor, list[int]]:
     longest = max(widths)
     padded = [pad(tensor, (0, longest - tensor.shape[1]), value=fill) for tensor in tensors]
     return torch.cat(padded), widths
-
-
-def hidden_states(model: Any, input_ids: Tensor, attended: Tensor, module: Any = None) -> Tensor:
-    """Give the hidden states [batch, seq, width] that leave a module, else the whole body.
-
-    The wrapped model itself is called, so that engines see the forward pass they hook into. With
-    right padding and causal attention no attention mask is needed: padding comes after every real
-    position and cannot be seen from it. Inside :func:`unlearn.packing.packable` padding is left out
-    altogether.
-    """
-    with _leaving(module or plain(model).get_decoder()) as found:
-        if is_packable(plain(model)) and not attended.all():
-            packing = Packing.of(attended)
-            packed_forward(model, input_ids, packing, logits_to_keep=1)
-            return packing.unpack(found[0])
-        model(input_ids=input_ids, use_cache=False, logits_to_keep=1)
-        return found[0]
-
-
-@contextmanager
-def _leaving(module: Any) -> Iterator[list[Tensor]]:
-    """Collect the hidden states that leave a module in the forward passes inside the block."""
-    found: list[Tensor] = []
-
-    def keep(_module: Any, _inputs: Any, output: Any) -> None:
-        if isinstance(output, tuple):
-            output = output[0]
-        found.append(output if isinstance(output, Tensor) else output.last_hidden_state)
-
-    handle = module.register_forward_hook(keep)
-    try:
-        yield found
-    finally:
-        handle.remove()
 
 
 def _full_logits(model: Any, input_ids: Tensor) -> Tensor:
@@ -252,7 +248,8 @@ def _self_check(head: VocabularyHead, model: Any) -> bool:
     training = model.training
     model.eval()
     try:
-        hidden = hidden_states(model, probe, torch.ones_like(probe, dtype=torch.bool))
-        return agrees_with_model(head, model, hidden, _full_logits(model, probe))
+        attended = torch.ones_like(probe, dtype=torch.bool)
+        ours = read_head(model, head, VocabularyHead.logits, probe, attended)
+        return same_log_probs(ours, _full_logits(model, probe), plain(model))
     finally:
         model.train(training)

@@ -21,6 +21,7 @@ from unlearn.activations import read_layer
 from unlearn.data.collate import EpochSampler
 from unlearn.monitors import require_finite_gradients
 from unlearn.objectives import Objective, Said
+from unlearn.ranks import Ranks
 from unlearn.reference import LiveReference
 from unlearn.scores import Scorer, Scores
 
@@ -53,8 +54,8 @@ class Term:
 class UnlearningTrainer(Trainer):
     """transformers' Trainer with our loss, our data order and checkpoints that are complete.
 
-    ``readings`` holds the last optimiser step's value of every term (before its weight) and the
-    mean token NLL of every stream, in nats.
+    ``readings`` holds this process's share of the last optimiser step's value of every term (before
+    its weight) and of the mean token NLL of every stream, in nats; :meth:`summary` adds them up.
     """
 
     loss_is_scaled_for_ga = True  # compute_loss divides by the units of the whole step itself
@@ -66,6 +67,7 @@ class UnlearningTrainer(Trainer):
         scorer: Scorer,
         live: LiveReference | None = None,
         keep_checkpoints: int | None = 2,
+        identity: Mapping[str, Any] | None = None,
         **arguments: Any,
     ) -> None:
         super().__init__(**arguments)
@@ -73,8 +75,10 @@ class UnlearningTrainer(Trainer):
         self.scorer = scorer
         self.live = live
         self.keep_checkpoints = keep_checkpoints
+        self.identity = identity
         self.args._n_gpu = min(self.args.n_gpu, 1)  # one process, one device: never DataParallel
         self.readings: dict[str, Tensor] = {}
+        self.grad_norm = 0.0
         self.num_tokens = 0
         self._staging: Path | None = None
         self._want: dict[str, set[str]] = defaultdict(set)
@@ -85,7 +89,10 @@ class UnlearningTrainer(Trainer):
     # Data order
 
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
-        return EpochSampler(len(train_dataset or self.train_dataset), seed=self.args.seed)
+        processes = self.accelerator.num_processes  # alone, the last batch may be smaller
+        rows = self.args.per_device_train_batch_size * processes if processes > 1 else 1
+        size = len(train_dataset or self.train_dataset)
+        return EpochSampler(size, seed=self.args.seed, multiple=rows)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
         """Collect the micro-batches of one optimiser step and count the units of every term."""
@@ -101,11 +108,26 @@ class UnlearningTrainer(Trainer):
             labels = (batch[stream]["labels"][:, 1:] for batch in batches)
             counts[stream] = _total((part != -100).sum() for part in labels)
             attended = (batch[stream]["attention_mask"].sum() for batch in batches)
-            self.num_tokens += int(_total(attended))
-        names = list(counts)
-        totals = torch.stack([counts[name] for name in names]).to(self.args.device)
-        totals = self.accelerator.reduce(totals, reduction="sum")
-        return dict(zip(names, totals, strict=True))
+            counts[f"{stream}/tokens"] = _total(attended)
+        totals = self._over_ranks(counts)
+        self.num_tokens += sum(int(n) for name, n in totals.items() if name.endswith("/tokens"))
+        return totals
+
+    def _over_ranks(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Add up over all processes; each names the same values."""
+        if not values:
+            return {}
+        stacked = torch.stack([torch.as_tensor(value) for value in values.values()])
+        totals = self.accelerator.reduce(stacked.to(self.args.device), reduction="sum")
+        return dict(zip(values, totals, strict=True))
+
+    def summary(self) -> dict[str, float]:
+        """Give the last step's readings over all processes and the norm of its gradient.
+
+        All processes must ask.
+        """
+        readings = {name: float(value) for name, value in self._over_ranks(self.readings).items()}
+        return readings | {"grad_norm": self.grad_norm}
 
     # Loss
 
@@ -115,8 +137,8 @@ class UnlearningTrainer(Trainer):
         """Give this micro-batch's share of the step's loss."""
         counts = num_items_in_batch
         with self.accelerator.autocast():
-            policy = self._policy(model, inputs)
-            reference = self._reference(model, inputs)
+            reference = self._reference(model, inputs)  # first: an engine's last pass is the one
+            policy = self._policy(model, inputs)  # that it goes back through
             parts = []
             for term in self.terms:
                 said = policy[term.reads], reference.get(term.reads)
@@ -133,8 +155,22 @@ class UnlearningTrainer(Trainer):
         """Do one forward and backward pass; check the first step's gradients before clipping."""
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self.state.global_step == 0 and self.accelerator.sync_gradients:
-            require_finite_gradients(model)
+            norm = self.is_deepspeed_enabled and self.deepspeed.get_global_grad_norm()
+            require_finite_gradients(model, None if norm is False else float(norm))
         return loss
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """Keep the norm of the step's whole gradient, before clipping, for :meth:`summary`."""
+        found = super()._get_grad_norm(model, grad_norm)
+        whole = found.full_tensor() if hasattr(found, "full_tensor") else found
+        self.grad_norm = float(whole)
+        return self.grad_norm
+
+    def _prepare_input(self, data: Any) -> Any:
+        """Move to the device; under DeepSpeed stored log-probs would be rounded to bfloat16."""
+        if isinstance(data, Tensor):
+            return data.to(self.args.device)
+        return super()._prepare_input(data)
 
     def _policy(self, model: Any, inputs: Mapping[str, Batch]) -> dict[Reads, Said]:
         """Ask the model once for scores, and once per layer for what leaves it."""
@@ -178,24 +214,34 @@ class UnlearningTrainer(Trainer):
     def _get_output_dir(self, trial: Any = None) -> str:
         return str(self._staging or super()._get_output_dir(trial))
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the weights; DeepSpeed's own part of a checkpoint holds them already."""
+        if not self.is_deepspeed_enabled:
+            super().save_model(output_dir, _internal_call)
+
     def _save_checkpoint(self, model: Any, trial: Any = None) -> None:
         """Write the checkpoint elsewhere, seal it, and only then give it its name."""
         name = f"checkpoint-{self.state.global_step}"
-        folder = Path(self.args.output_dir)
-        if checkpoints.is_complete(folder / name):
+        folder, ranks = Path(self.args.output_dir), Ranks.world()
+        if ranks.first(lambda: checkpoints.is_complete(folder / name)):
             return
-        with checkpoints.sealed(folder / name) as staging:
-            self._staging = staging
-            try:
-                super()._save_checkpoint(model, trial)
-            finally:
-                self._staging = None
-            written = staging / name
-            for path in list(written.iterdir()):
-                os.rename(path, staging / path.name)
-            written.rmdir()
-            (staging / "training_args.bin").unlink(missing_ok=True)  # a pickle nothing reads
-        checkpoints.prune(folder, self.keep_checkpoints)
+        self._staging = Path(ranks.first(lambda: str(checkpoints.begin(folder / name))))
+        try:
+            super()._save_checkpoint(model, trial)
+            ranks.barrier()
+            ranks.first(lambda: self._seal(folder / name))
+        finally:
+            self._staging = None
+
+    def _seal(self, folder: Path) -> None:
+        assert self._staging is not None
+        written = self._staging / folder.name
+        for path in list(written.iterdir()):
+            os.rename(path, self._staging / path.name)
+        written.rmdir()
+        (self._staging / "training_args.bin").unlink(missing_ok=True)  # a pickle nothing reads
+        checkpoints.seal(self._staging, folder, self.identity)
+        checkpoints.prune(folder.parent, self.keep_checkpoints)
 
 
 def _total(parts: Any) -> Tensor:

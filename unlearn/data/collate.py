@@ -17,6 +17,8 @@ from torch.utils.data import Dataset, Sampler
 from unlearn.data.encode import Example
 
 IGNORE = -100
+EMPTY = -1
+"""Index of a row that holds nothing: it fills up the batches, so that every rank gets as many."""
 
 
 def _uniform(seed: int, epoch: int, index: int, size: int) -> int:
@@ -59,6 +61,10 @@ class Item:
     index: int
 
 
+NOTHING = Example(input_ids=[0], labels=[IGNORE], prompt_length=1, row=EMPTY)
+"""The empty row: one token that is not attended to and predicts nothing."""
+
+
 class StreamDataset(Dataset):
     """Every forget row with the partner rows of the other streams, addressed by (epoch, index).
 
@@ -75,6 +81,8 @@ class StreamDataset(Dataset):
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Item]:
         epoch, index = key
+        if index == EMPTY:
+            return {name: Item(NOTHING, EMPTY) for name in self.streams}
         item = {}
         for name, examples in self.streams.items():
             anchored = name == self.anchor
@@ -84,23 +92,30 @@ class StreamDataset(Dataset):
 
 
 class EpochSampler(Sampler[tuple[int, int]]):
-    """A permutation of the rows that is a function of (seed, epoch); yields (epoch, index)."""
+    """A permutation of the rows that is a function of (seed, epoch); yields (epoch, index).
 
-    def __init__(self, size: int, *, seed: int) -> None:
+    :data:`EMPTY` rows are added until the length is a multiple of ``multiple``: the rows that all
+    ranks together take in one forward pass each.
+    """
+
+    def __init__(self, size: int, *, seed: int, multiple: int = 1) -> None:
         self.size = size
         self.seed = seed
         self.epoch = 0
+        self.empty = -size % multiple
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return self.size
+        return self.size + self.empty
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         generator = torch.Generator().manual_seed(_uniform(self.seed, self.epoch, -1, 2**62))
         for index in torch.randperm(self.size, generator=generator).tolist():
             yield self.epoch, index
+        for _ in range(self.empty):
+            yield self.epoch, EMPTY
 
 
 @dataclass(frozen=True)
@@ -120,11 +135,13 @@ class Collator:
     def _stream(self, name: str, items: Sequence[Item]) -> dict[str, Tensor]:
         batch = pad([item.example for item in items], self.pad_id)
         batch["index"] = torch.tensor([item.index for item in items])
+        batch["attention_mask"][batch["index"] == EMPTY] = 0
         if name in self.reference:
-            rows = [self.reference[name][item.index] for item in items]
-            padded = torch.zeros(batch["input_ids"].shape, dtype=rows[0].dtype)
-            for place, row in enumerate(rows):
-                padded[place, : len(row)] = row
+            stored = self.reference[name]
+            padded = torch.zeros(batch["input_ids"].shape, dtype=stored[0].dtype)
+            for place, item in enumerate(items):
+                if item.index != EMPTY:
+                    padded[place, : len(stored[item.index])] = stored[item.index]
             batch["reference_log_probs"] = padded
         return batch
 

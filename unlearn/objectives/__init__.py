@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_type_hints
 
-import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
@@ -27,11 +26,14 @@ Said = Scores | Activations
 
 UNITS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "token": lambda mask, attended: mask.sum(),
-    "sequence": lambda mask, attended: torch.tensor(len(mask), device=mask.device),
+    "sequence": lambda mask, attended: attended.any(-1).sum(),
     "position": lambda mask, attended: attended.sum(),
-    "padded position": lambda mask, attended: torch.tensor(mask.numel(), device=mask.device),
+    "padded position": lambda mask, attended: attended.any(-1).sum() * mask.shape[1],
 }
-"""How many units of each kind a batch has, from its label mask and its attention mask."""
+"""How many units of each kind a batch has, from its label mask and its attention mask.
+
+A row without any real token, which only fills up a batch, has none.
+"""
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,9 @@ class Objective:
     def __call__(self, policy: Said, reference: Said | None, **hyper: Any) -> Tensor:
         """Give one loss per unit; positions that do not count are 0."""
         scores = (policy, reference) if self.uses_reference else (policy,)
-        return self.function(*scores, **hyper)
+        losses = self.function(*scores, **hyper)
+        empty = ~policy.attended.any(-1)
+        return losses.masked_fill(empty.reshape(-1, *[1] * (losses.dim() - 1)), 0.0)
 
     def count(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Count this objective's units in a batch, before any forward pass."""
