@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, TextIO
+from typing import Annotated, Any, NoReturn, TextIO
 
 import typer
 
@@ -78,6 +78,7 @@ def guarded(app: Callable[..., Any]) -> None:
             with _stoppable(), _reserved_stdout() if json else nullcontext():
                 code = app(standalone_mode=False)
                 sys.stdout.flush()
+            launch.leave(code or OK)
         except BrokenPipeError:  # the reader of our output has gone: nothing is left to say
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             code = FAILED
@@ -85,9 +86,17 @@ def guarded(app: Callable[..., Any]) -> None:
             code = error.code if isinstance(error.code, int) else FAILED
         except BaseException as error:
             code = _report(error, json=json, debug=debug)
-    if not code:
-        launch.leave(OK)
+    if launch.inside_launch():
+        _end_now(code or OK)
     raise SystemExit(code or OK)
+
+
+def _end_now(code: int) -> NoReturn:
+    """End without tearing libraries down: threads that still wait for another rank would abort."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
 
 
 @dataclass

@@ -11,7 +11,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from unlearn.launch import inside_launch, sizes
+from unlearn.cli.entry import FAILED
+from unlearn.launch import inside_launch, leave, sizes
 
 PATIENCE = timedelta(hours=2)
 """How long one process may wait for another: rank 0 may be saving. A dead one is noticed sooner."""
@@ -116,6 +117,7 @@ def joined_ranks(engine: EngineName = "none") -> Iterator[bool]:
     from torch import distributed
 
     from unlearn.engines import environment
+    from unlearn.rollcall import answering
 
     os.environ.update(environment(engine))
     on_gpu = torch.cuda.is_available()
@@ -123,10 +125,19 @@ def joined_ranks(engine: EngineName = "none") -> Iterator[bool]:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     distributed.init_process_group("nccl" if on_gpu else "gloo", timeout=PATIENCE)
     try:
-        yield distributed.get_rank() == 0
+        with answering(_end_without):
+            yield distributed.get_rank() == 0
     finally:
         if distributed.is_initialized():
             distributed.destroy_process_group()
+
+
+def _end_without(message: str) -> None:
+    """End this process at once, because another is lost and the main thread may wait for it."""
+    if leave(FAILED, message) is None:
+        hint = "`unlearn resume RUN` goes on from the last checkpoint"
+        print(f"failed: {message}\n  hint: {hint}", file=sys.stderr, flush=True)
+    os._exit(FAILED)
 
 
 def require_one_process(command: str) -> None:

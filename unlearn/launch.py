@@ -14,6 +14,7 @@ import signal
 import socket
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -26,8 +27,8 @@ from unlearn.errors import UserError
 FOLDER = "UNLEARN_LAUNCH_FOLDER"
 """Variable that names the folder where processes started here say how they ended."""
 PROGRAM = ("-m", "unlearn.cli")
-END_SECONDS = 20
-"""How long processes may take to end once another is lost; then they are killed."""
+END_SECONDS = 10
+"""How long the others may take to end once a process has failed; then they are killed."""
 CLEAN = (0, 75)
 """Exit codes after which the other processes are left to end by themselves."""
 
@@ -118,7 +119,8 @@ def start(
     with tempfile.TemporaryDirectory(prefix="unlearn-launch-") as name:
         folder, failures = Path(name), {}
         settings = {FOLDER: name, "OMP_NUM_THREADS": str(_threads(launch.nproc))}
-        with _variables(settings | dict(variables or {})), _passing_on(folder, launch.nproc):
+        settings |= variables or {}
+        with _variables(settings), _passing_on(folder, launch.nproc), _ending(folder):
             try:
                 elastic_launch(_config(launch), sys.executable)(*program, *arguments)
             except ChildFailedError as error:
@@ -218,6 +220,29 @@ def _passing_on(folder: Path, nproc: int) -> Iterator[None]:
     finally:
         restore()
         logging.disable(logging.NOTSET)
+
+
+@contextmanager
+def _ending(folder: Path) -> Iterator[None]:
+    """Kill what still runs some time after a process has failed: it may be frozen."""
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(0.5):
+            failed = [one.time for one in outcomes(folder) if one.code not in CLEAN]
+            if failed and time.time() > min(failed) + END_SECONDS:
+                for path in folder.glob("pid-*"):
+                    with suppress(ProcessLookupError):
+                        os.kill(int(path.read_text()), signal.SIGKILL)
+                return
+
+    thread = threading.Thread(target=watch, name="ending", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 def node_commands(launch: Launch, arguments: Sequence[str]) -> list[str]:

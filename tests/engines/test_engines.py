@@ -120,7 +120,7 @@ def test_an_engine_takes_the_steps_of_one_process(place: Path, engine: str) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", (*ENGINES, "zero3-offload"))
+@pytest.mark.parametrize("engine", [*ENGINES, "zero3-offload"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_part_works_on_every_engine(place: Path, engine: str, variant: str) -> None:
     matches(place, engine, variant)
