@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from unlearn.cli import data, evals, recipes, report
+from unlearn.cli import data, doctor, evals, recipes, report
 from unlearn.cli.entry import Json, Offline, go_offline, guarded, naming, say
 from unlearn.cli.progress import Emit, listening
 from unlearn.cli.ranks import (
@@ -156,10 +156,18 @@ def resume(
     folder: Annotated[
         Path, typer.Argument(metavar="FOLDER", help="The --out folder of a stopped run.")
     ],
+    checkpoint: Annotated[
+        str | None,
+        typer.Option(
+            "--from",
+            metavar="CHECKPOINT",
+            help="Go on from this one ([bold]checkpoint-20[/bold]); newer ones are set aside.",
+        ),
+    ] = None,
     offline: Offline = False,
     json: Json = False,
 ) -> None:
-    """Continue a stopped run from its newest complete checkpoint."""
+    """Continue a stopped run from its newest usable checkpoint."""
     from unlearn.recipes.results import stored_results
     from unlearn.runs import RunFolder
 
@@ -175,18 +183,21 @@ def resume(
         truth = launch_changes(None, None, None, None)
         recipe = load(str(opened.recipe), [], {"out": str(folder)} | truth)
         launching = needs_launch(recipe)
-        results = {} if launching else _resume(recipe, opened, emit, offline=offline)
+        results = {} if launching else _resume(recipe, opened, emit, checkpoint, offline)
     if launching:
-        start(recipe, ["resume", str(folder)], offline=offline, json=json)
+        chosen = ["--from", checkpoint] if checkpoint else []
+        start(recipe, ["resume", str(folder), *chosen], offline=offline, json=json)
     else:
         _show(results, json=json)
 
 
-def _resume(recipe: Any, opened: Any, emit: Emit, *, offline: bool) -> dict[str, Any]:
+def _resume(
+    recipe: Any, opened: Any, emit: Emit, checkpoint: str | None, offline: bool
+) -> dict[str, Any]:
     from unlearn.recipes.run import resume as resume_run
 
     with joined_ranks(recipe.launch.chosen):
-        return resume_run(recipe, opened, emit=emit, offline=offline)
+        return resume_run(recipe, opened, emit=emit, offline=offline, checkpoint=checkpoint)
 
 
 @app.command(
@@ -234,14 +245,25 @@ def plan(
             rich_help_panel=HOW,
         ),
     ] = False,
+    device_memory: Annotated[
+        float | None,
+        typer.Option(
+            metavar="GIB",
+            min=0.001,
+            help="Memory of each device, to plan for CUDA devices that are not here.",
+            rich_help_panel=HOW,
+        ),
+    ] = None,
     offline: Offline = False,
     json: Json = False,
 ) -> None:
-    """Say what a run would cost: steps, tokens, memory by part, files. Loads no weights."""
+    """Say what a run would cost: steps, tokens, memory, files; exit code 2 when it cannot fit."""
     changes = _changes(
         map_, model=model, forget=forget, retain=retain, out=out or Path("runs/plan")
     )
     changes |= launch_changes(nproc, engine, nnodes, rdzv)
+    if device_memory:
+        changes.setdefault("launch", {})["device_memory"] = device_memory
     go_offline(offline)
     with listening() as emit:
         emit({"event": "stage", "stage": "start"})
@@ -251,12 +273,12 @@ def plan(
 
         prepared = prepare(resolved, offline=offline)
         planned = plan_run(prepared)
-        if measure:
+        if measure and planned["fit"]["fits"]:
             emit({"event": "stage", "stage": "measure"})
             planned = planned | {"measured": measure_step(prepared)}
-    from unlearn.cli.render import print_plan
+    from unlearn.cli.plan import show_plan
 
-    say(planned, json=json, people=print_plan)
+    show_plan(planned, json=json)
 
 
 def _changes(map_: list[str] | None, **given: Any) -> dict[str, Any]:
@@ -310,6 +332,7 @@ def _show(results: dict[str, Any], *, json: bool) -> None:
 
 
 # here and not above, because panels of the help follow the order of the commands
+app.command(rich_help_panel=BEFORE, epilog=doctor.EPILOG)(doctor.doctor)
 app.command(rich_help_panel=AFTER, epilog=report.REPORT)(report.report)
 app.command(rich_help_panel=AFTER, epilog=report.COMPARE)(report.compare)
 

@@ -1,10 +1,10 @@
-"""Results and plans for people, on stdout."""
+"""Results for people, on stdout."""
 
 from typing import Any
 
 from rich.markup import escape
 
-from unlearn.cli.progress import COLOURS, clock, in_words, number, size
+from unlearn.cli.progress import COLOURS, in_words, number
 
 PLAIN: dict[str, Any] = {
     "box": None,
@@ -139,47 +139,3 @@ def shortened(text: str, longest: int = 240) -> str:
     printable = "".join(c if c.isprintable() or c.isspace() else "\N{MIDDLE DOT}" for c in text)
     line = " ".join(printable.split())
     return line if len(line) <= longest else f"{line[: longest - 1]}…"
-
-
-def print_plan(plan: dict[str, Any]) -> None:
-    """Print what a run would cost."""
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console()
-    steps, tokens = plan["steps"], plan["tokens"]
-    console.print(
-        f"[bold]{steps['total']}[/bold] optimiser steps ({steps['per_epoch']} per epoch, "
-        f"effective batch {steps['effective_batch']}), "
-        f"about [bold]{tokens['total']:,}[/bold] tokens ({tokens['per_step']:,} per step), "
-        f"{plan['parameters']['trainable']:,} of {plan['parameters']['total']:,} weights trained",
-        highlight=False,
-    )
-    table = Table(title=f"memory on {plan['device']} ({plan['dtype']})", **PLAIN)
-    table.add_column("part")
-    table.add_column("size", justify="right", no_wrap=True)
-    table.add_column("why", style="dim")
-    for part in plan["memory"]:
-        table.add_row(part["part"], size(part["bytes"]), part["why"])
-    table.add_row(
-        "total", size(plan["memory_bytes"]), "estimate; --measure runs a step", style="bold"
-    )
-    console.print()
-    console.print(table)
-    console.print()
-    files = Table(title="files that would be written", **PLAIN)
-    files.add_column("path")
-    files.add_column("size", justify="right", no_wrap=True)
-    for file in plan["files"]:
-        files.add_row(file["path"], size(file["bytes"]))
-    free = size(plan["disk"]["free_bytes"])
-    needed = size(plan["disk"]["needed_bytes"])
-    files.add_row(f"total ({free} are free)", needed, style="bold")
-    console.print(files)
-    if measured := plan.get("measured"):
-        console.print(
-            f"measured: {measured['seconds_per_step']:.2f} s per step, about "
-            f"[bold]{clock(measured['estimated_seconds'])}[/bold] of training, "
-            f"peak memory {size(measured['peak_memory_bytes'])}",
-            highlight=False,
-        )

@@ -5,48 +5,92 @@ import statistics
 import tempfile
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.trainer_utils import SaveStrategy
 
 from unlearn import models
 from unlearn.errors import UserError
-from unlearn.head import CHUNK_BYTES
 from unlearn.monitors import peak_memory_bytes
-from unlearn.objectives import OBJECTIVES
 from unlearn.packing import can_pack, packable
+from unlearn.ranks import Ranks
+from unlearn.recipes.communication import described, traffic
+from unlearn.recipes.estimate import Estimate, Sized, estimate, for_its_device, training_of
+from unlearn.recipes.fitting import fit
+from unlearn.recipes.footprint import Footprint
+from unlearn.recipes.memory import Part, Training, held
 from unlearn.recipes.prepare import Prepared
-from unlearn.recipes.train import choose_trained, lora_of, make_trainer, needs_live
-
-OPTIMIZER_STATES = {"sgd": 0, "adafactor": 0, "adamw": 2, "lion": 1, "rmsprop": 1}
+from unlearn.recipes.schema import LaunchSection
+from unlearn.recipes.train import make_trainer
+from unlearn.runs import RunFolder
 
 
 def plan_run(prepared: Prepared) -> dict[str, Any]:
-    """Give steps, tokens, parameters, memory by part (bytes) and files; loads no weights."""
+    """Give steps, tokens, parameters, memory, communication and files; loads no weights.
+
+    ``memory`` lists what one device holds at its peak in training, and adds up to
+    ``memory_bytes``; ``stages`` are the peaks of all stages of a run, ``host`` those of one node's
+    own memory. ``fit`` compares them with what is there.
+    """
+    prepared = for_its_device(prepared)
     recipe = prepared.recipe
-    model = meta_model(prepared)
-    total = sum(p.numel() for p in model.parameters())
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    memory = _memory(prepared, model, total, trainable)
-    needed, files = _files(prepared, total, trainable)
-    out = Path(str(recipe.out))
-    existing = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
+    sized = Sized.of(prepared)
+    size = sized.size
+    how = training_of(prepared)
+    found = estimate(prepared, sized)
+    needed, files = _files(prepared, size, how)
+    existing = _existing(Path(str(recipe.out)).absolute())
     return {
         "method": recipe.method,
-        "device": models.best_device(),
+        "engine": how.engine,
+        "processes": how.processes,
+        "device": found.device,
         "dtype": str(models.resolve_dtype(recipe.model.dtype)).removeprefix("torch."),
         "steps": _steps(prepared),
         "tokens": _tokens(prepared),
-        "parameters": {"total": total, "trainable": trainable},
-        "memory": memory,
-        "memory_bytes": sum(part["bytes"] for part in memory),
+        "parameters": {"total": size.parameters, "trainable": size.trainable},
+        **_memory(found),
+        "fit": fit(prepared, sized),
+        "communication": _communication(size, how),
         "files": files,
         "disk": {"needed_bytes": needed, "free_bytes": shutil.disk_usage(existing).free},
     }
+
+
+def _existing(path: Path) -> Path:
+    return next(place for place in (path, *path.parents) if place.exists())
+
+
+def _memory(found: Estimate) -> dict[str, Any]:
+    def plain(parts: list[Part], name: str) -> list[dict[str, Any]]:
+        return [{name: part.part, "bytes": round(part.bytes), "why": part.why} for part in parts]
+
+    parts = plain(found.parts, "part")
+    return {
+        "memory": parts,
+        "memory_bytes": sum(part["bytes"] for part in parts),
+        "stages": plain(found.stages, "stage"),
+        "peak": {"stage": found.peak.part, "bytes": round(found.peak.bytes)},
+        "host": plain(found.host, "stage"),
+    }
+
+
+def _communication(size: Footprint, how: Training) -> dict[str, Any]:
+    weights, trained = held(size, how)
+    passes = 3 if how.reference == "adapters" else 2
+    parts = traffic(
+        how.engine,
+        how.processes,
+        weights=weights,
+        gradients=trained,
+        accumulation=how.accumulation,
+        passes=passes,
+        sync_each=how.sync_each,
+    )
+    return described(parts)
 
 
 def require_disk(planned: dict[str, Any]) -> None:
@@ -64,145 +108,97 @@ def require_disk(planned: dict[str, Any]) -> None:
         )
 
 
-def meta_model(prepared: Prepared) -> Any:
-    """Build the model, with its adapters, without memory for weights."""
-    source = prepared.source
-    config = AutoConfig.from_pretrained(source.path, **source.arguments())
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
-            config,
-            dtype=models.resolve_dtype(source.dtype),
-            trust_remote_code=source.trust_remote_code,
-        )
-        choose_trained(prepared, model)
-        lora = lora_of(prepared)
-        return models.add_lora(model, lora) if lora else model
-
-
 def measure_step(prepared: Prepared, *, repeats: int = 3) -> dict[str, Any]:
-    """Load the model, do a few real optimiser steps in memory and time them; nothing is kept."""
-    model = models.load_model(prepared.source)
-    times: list[float] = []
+    """Load the model, do a few real optimiser steps in memory and time them; nothing is kept.
+
+    Outside of a launch one process is measured, with its share of the step and no engine.
+    """
+    processes = Ranks.world().size
+    here = prepared if processes > 1 else _alone(prepared)
+    model = models.load_model(here.source)
+    ends: list[tuple[float, int]] = []
 
     def tick(event: dict[str, Any]) -> None:
         if event["event"] == "step":
-            times.append(time.monotonic())
+            ends.append((time.monotonic(), event["tokens"]))
 
     with tempfile.TemporaryDirectory() as folder:
-        trainer = make_trainer(prepared, model, Path(folder), weights_hash="measure", emit=tick)
+        trainer = make_trainer(here, model, RunFolder(Path(folder)), weights_hash="measure", emit=tick)
         trainer.args.max_steps = repeats + 1
         trainer.args.save_strategy = SaveStrategy.NO
         with packable(trainer.model) if can_pack(trainer.model) else nullcontext():
             trainer.train()
-    seconds = statistics.median(b - a for a, b in pairwise(times))
+    seconds = statistics.median(b[0] - a[0] for a, b in pairwise(ends))
+    tokens = (ends[-1][1] - ends[0][1]) / (ends[-1][0] - ends[0][0])
     return {
+        "processes": processes,
         "seconds_per_step": seconds,
+        "steps_per_second": 1 / seconds,
+        "tokens_per_second": tokens,
+        "tokens_per_second_per_device": tokens / processes,
         "estimated_seconds": seconds * prepared.steps,
         "peak_memory_bytes": peak_memory_bytes(),
     }
 
 
+def _alone(prepared: Prepared) -> Prepared:
+    """Give one process its own share of every step: the same micro-batches, nobody to talk to."""
+    recipe = prepared.recipe
+    training = {"global_batch_size": None, "gradient_accumulation_steps": recipe.accumulation}
+    changes = {
+        "launch": LaunchSection(),
+        "training": recipe.training.model_copy(update=training),
+    }
+    return replace(prepared, recipe=recipe.model_copy(update=changes))
+
+
 def _steps(prepared: Prepared) -> dict[str, int]:
-    training = prepared.recipe.training
-    batch = training.per_device_train_batch_size * training.gradient_accumulation_steps
+    recipe = prepared.recipe
     return {
         "total": prepared.steps,
         "per_epoch": prepared.steps_per_epoch,
-        "effective_batch": batch,
+        "effective_batch": prepared.rows_per_step,
+        "per_device": recipe.training.per_device_train_batch_size,
+        "accumulation": recipe.accumulation,
+        "processes": recipe.launch.processes,
     }
 
 
 def _tokens(prepared: Prepared) -> dict[str, int]:
     """Count expected real (not padding) tokens; every forget row brings one retain row."""
-    training = prepared.recipe.training
     means = [
         statistics.mean(len(example.input_ids) for example in stream.examples)
         for stream in prepared.streams.values()
     ]
-    batch = training.per_device_train_batch_size * training.gradient_accumulation_steps
-    per_step = round(sum(means) * min(batch, len(prepared.streams["forget"].examples)))
+    rows = min(prepared.rows_per_step, len(prepared.streams["forget"].examples))
+    per_step = round(sum(means) * rows)
     return {"per_step": per_step, "total": per_step * prepared.steps}
 
 
-def _memory(prepared: Prepared, model: Any, total: int, trainable: int) -> list[dict[str, Any]]:
-    recipe = prepared.recipe
-    width = next(model.parameters()).element_size()
-    base = 0.55 if recipe.model.quantize else width
-    states = next(
-        (n for name, n in OPTIMIZER_STATES.items() if recipe.training.optim.startswith(name)), 2
-    )
-    copied = needs_live(prepared) and not recipe.model.lora
-    parts = [
-        ("weights", total * base, f"{total:,} parameters"),
-        ("gradients", trainable * width, f"{trainable:,} trainable"),
-        (
-            "optimizer",
-            trainable * width * states,
-            f"{recipe.training.optim}: {states} per parameter",
-        ),
-        ("activations", *_activations(prepared, model, width)),
-        ("head", *_head(prepared, model)),
-        ("reference", trainable * width if copied else 0, _reference_reason(prepared, copied)),
-    ]
-    return [{"part": part, "bytes": round(size), "why": why} for part, size, why in parts]
+def _files(prepared: Prepared, size: Footprint, how: Training) -> tuple[int, list[dict[str, Any]]]:
+    """List what is written; a checkpoint holds the weights that are trained and their states.
 
-
-def _reference_reason(prepared: Prepared, copied: bool) -> str:
-    if copied:
-        return "a frozen copy of what is trained"
-    if any(term.objective.uses_reference for term in prepared.terms):
-        return (
-            "adapters switched off" if needs_live(prepared) else "cached on disk, no second model"
-        )
-    return "no term needs one"
-
-
-def _longest(prepared: Prepared) -> tuple[int, int]:
-    """Give rows per forward pass and the longest row: the worst micro-batch."""
-    rows = prepared.recipe.training.per_device_train_batch_size * len(prepared.streams)
-    longest = max(len(e.input_ids) for s in prepared.streams.values() for e in s.examples)
-    return rows, longest
-
-
-def _activations(prepared: Prepared, model: Any, width: int) -> tuple[float, str]:
-    """Estimate what the backward pass keeps: per token and layer 17 hidden-sized values.
-
-    Korthikanti et al. 2022 (arXiv:2205.05198) count 34 bytes per hidden unit in 16 bits without
-    the attention matrix, which fused attention does not keep.
+    Without adapters a checkpoint holds the frozen weights as well. DeepSpeed's holds its fp32 copy.
     """
-    config = model.config.get_text_config()
-    rows, longest = _longest(prepared)
-    tokens, hidden = rows * longest, config.hidden_size
-    if prepared.recipe.training.gradient_checkpointing:
-        kept = tokens * hidden * width * (config.num_hidden_layers + 17)
-        return kept, f"{rows} rows of {longest} tokens, checkpointed"
-    kept = tokens * hidden * width * 17 * config.num_hidden_layers
-    return kept, f"{rows} rows of {longest} tokens, {config.num_hidden_layers} layers"
-
-
-def _head(prepared: Prepared, model: Any) -> tuple[float, str]:
-    rows, longest = _longest(prepared)
-    vocabulary = model.config.get_text_config().vocab_size
-    if any(OBJECTIVES[term.objective.name].reads == "logits" for term in prepared.terms):
-        return (
-            4.0 * rows * longest * vocabulary * 3,
-            "full logits: a term reads whole distributions",
-        )
-    return min(2.0 * CHUNK_BYTES, 8.0 * rows * longest * vocabulary), "logits in chunks"
-
-
-def _files(prepared: Prepared, total: int, trainable: int) -> tuple[int, list[dict[str, Any]]]:
-    width = models.resolve_dtype(prepared.recipe.model.dtype).itemsize
-    keep = prepared.recipe.training.save_total_limit or prepared.steps
-    checkpoint = trainable * width * 3
+    recipe = prepared.recipe
+    keep = recipe.training.save_total_limit or prepared.steps
+    weights, trained = held(size, how)
+    zero = how.engine.startswith("zero")
+    states = how.states * (4 * size.trainable if zero else trained)
+    copy = 4 * size.trainable if zero else 0
+    checkpoint = (trained if recipe.model.lora else weights) + states + copy
     reference = 4 * sum(len(e.input_ids) for s in prepared.streams.values() for e in s.examples)
+    whole = size.parameters * models.resolve_dtype(recipe.model.dtype).itemsize
     sizes = {
         "recipe.yaml, manifest.json, events.jsonl": 2048 + 256 * prepared.steps,
         "checkpoints/": checkpoint * (keep + 1),
-        "model/": total * width,
+        "model/": whole,
         "evals/, report.html, report.md, results.json": 2**20,
     }
-    if prepared.recipe.model.lora:
-        sizes["adapter/"] = trainable * width
-    files = [{"path": path, "bytes": size} for path, size in sizes.items()]
-    return sum(sizes.values()) + reference, files
+    if recipe.model.lora:
+        sizes["adapter/"] = size.trained
+    if recipe.evals.select_best:
+        sizes["best/"] = size.trained
+    rounded = {path: round(each) for path, each in sizes.items()}
+    files = [{"path": path, "bytes": each} for path, each in rounded.items()]
+    return sum(rounded.values()) + reference, files

@@ -17,12 +17,13 @@ from typing import Any
 
 from transformers import set_seed
 
-from unlearn import models, monitors
+from unlearn import checkpoints, models, monitors
 from unlearn.errors import UserError
 from unlearn.evals.benchmark import Result
 from unlearn.evals.report.write import strict, write_report
 from unlearn.ranks import Ranks
 from unlearn.recipes.files import dump
+from unlearn.recipes.identity import training_identity
 from unlearn.recipes.inputs import absolute
 from unlearn.recipes.plan import plan_run, require_disk
 from unlearn.recipes.prepare import Prepared, prepare, sibling
@@ -47,16 +48,11 @@ def run(
     """
     prepared, ranks = prepare(recipe, offline=offline), Ranks.world()
     folder = RunFolder(Path(str(recipe.out)))
-    with _written_by_first(folder, ranks, lambda: _create(prepared, folder)):
+    with _held(folder, ranks, new=prepared):
         if ranks.rank > 0:
             return _start(prepared, folder, emit)
         with _removed_unless_begun(folder):
             return _start(prepared, folder, emit)
-
-
-def _create(prepared: Prepared, folder: RunFolder) -> None:
-    require_disk(plan_run(prepared))
-    RunFolder.create(folder.path)
 
 
 def _start(prepared: Prepared, folder: RunFolder, emit: Emit) -> dict[str, Any]:
@@ -64,8 +60,6 @@ def _start(prepared: Prepared, folder: RunFolder, emit: Emit) -> dict[str, Any]:
     manifest = ranks.first(lambda: _manifest(prepared))
 
     def write() -> None:
-        if folder.recipe.exists():  # another process was quicker
-            RunFolder.create(folder.path)
         write_atomic(folder.recipe, dump(absolute(prepared.recipe)))
         write_json(folder.manifest, manifest)
 
@@ -79,16 +73,20 @@ def resume(
     *,
     emit: Emit = lambda event: None,
     offline: bool = False,
+    checkpoint: str | None = None,
 ) -> dict[str, Any]:
-    """Continue a stopped run from its newest complete checkpoint; a complete run is left alone.
+    """Continue a stopped run from its newest usable checkpoint, or from the one named.
+
+    A complete run is left alone.
 
     Raises:
-        UserError: model or data are not what the run was started with.
+        UserError: model, data or recipe are not what the run was started with, or there are
+            checkpoints but none can be used.
     """
     if folder.results.is_file():
         return stored_results(folder)
     prepared, ranks = prepare(recipe, offline=offline), Ranks.world()
-    with _written_by_first(folder, ranks):
+    with _held(folder, ranks):
         if not folder.manifest.is_file():  # stopped between its first two files
             ranks.first(lambda: write_json(folder.manifest, _manifest(prepared)))
         manifest = json.loads(folder.manifest.read_text())
@@ -96,19 +94,22 @@ def resume(
             if manifest[name]["sha256"] != stream.sha256():
                 message = f"the {name} set '{stream.source}' has changed since the run was started"
                 raise UserError(message, "restore the file, or start a new run")
-        return _Run(prepared, folder, manifest, emit).execute()
+        return _Run(prepared, folder, manifest, emit, checkpoint).execute()
 
 
 @contextmanager
-def _written_by_first(
-    folder: RunFolder, ranks: Ranks, before: Callable[[], None] = lambda: None
-) -> Iterator[None]:
-    """Let rank 0 alone hold the folder; do something ``before`` it is locked."""
+def _held(folder: RunFolder, ranks: Ranks, *, new: Prepared | None = None) -> Iterator[None]:
+    """Let rank 0 hold the folder against other writers, and make it for a new run that fits."""
     with ExitStack() as stack:
 
         def hold() -> None:
-            before()
+            if new:
+                planned = plan_run(new)
+                require_disk(planned)
+                RunFolder.create(folder.path)
             stack.enter_context(folder.locked())
+            if new and folder.recipe.exists():  # another process was quicker
+                RunFolder.create(folder.path)
 
         ranks.first(hold)
         yield
@@ -151,6 +152,7 @@ class _Run:
     folder: RunFolder
     manifest: dict[str, Any]
     listener: Emit
+    checkpoint: str | None = None
 
     @property
     def ranks(self) -> Ranks:
@@ -193,13 +195,15 @@ class _Run:
         self.manifest["device"] = str(model.device)
         self.manifest["processes"] = self.ranks.size
         self.write(self.folder.manifest, self.manifest)
+        if self.checkpoint:
+            self._go_back(self.checkpoint)
         before = self.benchmark("before", model)
         if rule := self.prepared.recipe.evals.select_best:
             check_rule(rule, before["metrics"])
         model, summary = train(
             self.prepared,
             model,
-            self.folder.checkpoints,
+            self.folder,
             weights_hash=self.manifest["model_sha256"],
             stop=stop,
             emit=self.emit,
@@ -211,6 +215,10 @@ class _Run:
         self._save(model)
         del model
         gc.collect()
+
+    def _go_back(self, name: str) -> None:
+        identity = training_identity(self.prepared, self.manifest["model_sha256"])
+        self.ranks.first(lambda: checkpoints.go_back(self.folder.checkpoints, name, identity))
 
     def _save(self, model: Any) -> None:
         """Save the trained weights, or those of the best step; one process writes."""

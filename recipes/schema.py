@@ -262,6 +262,8 @@ class LaunchSection(_Section):
     """Nodes that take part; the same command is started on each."""
     rdzv: str | None = Field(default=None, pattern=r"^[^\s:]+:\d+$")
     """Where the nodes meet: HOST:PORT of one of them. Needed with several nodes."""
+    device_memory: float | None = Field(default=None, gt=0)
+    """GiB of each device, instead of what is found: for a plan, or to run whatever it says."""
 
     @property
     def processes(self) -> int:

@@ -77,6 +77,12 @@ class Selection:
         return best
 
 
+def best_step(folder: Path) -> int | None:
+    """Give the best of the steps measured so far; None when nothing is to be selected."""
+    path = folder / RECORD
+    return int(json.loads(path.read_text())["step"]) if path.is_file() else None
+
+
 def rank(rule: SelectSection, details: Mapping[str, Mapping[str, Any]]) -> tuple[float, float]:
     """Give a pair to be minimised: how far the constraints are missed, then the metric.
 

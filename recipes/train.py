@@ -17,8 +17,10 @@ from unlearn.engines import SHARDED, engine_arguments, is_sharded, put_trained, 
 from unlearn.errors import Interrupted
 from unlearn.packing import can_pack, packable
 from unlearn.ranks import Ranks
+from unlearn.recipes.identity import training_identity
 from unlearn.recipes.prepare import Prepared
-from unlearn.runs import cache_folder
+from unlearn.recipes.selection import best_step
+from unlearn.runs import RunFolder, cache_folder
 from unlearn.scores import Scorer
 from unlearn.training import UnlearningTrainer
 
@@ -28,18 +30,19 @@ Emit = Callable[[dict[str, Any]], None]
 def train(
     prepared: Prepared,
     model: Any,
-    folder: Path,
+    folder: RunFolder,
     *,
     weights_hash: str,
     stop: monitors.StopRequest,
     emit: Emit,
     on_step: Callable[[Any, int], object] | None = None,
 ) -> tuple[Any, dict[str, Any]]:
-    """Train (or continue from the newest checkpoint in ``folder``); give the model and a summary.
+    """Train (or continue from the newest usable checkpoint); give the model and a summary.
 
     Raises:
         Interrupted: a stop was requested; the last step is saved.
         RunFailed: non-finite gradients, or nothing moves.
+        UserError: there are checkpoints, but none can be used.
     """
     trainer = make_trainer(prepared, model, folder, weights_hash=weights_hash, emit=emit)
     ranks = Ranks.world()
@@ -48,9 +51,7 @@ def train(
     every = prepared.recipe.evals.every
     if every and on_step:
         trainer.add_callback(monitors.EverySteps(every, lambda step: on_step(trainer.model, step)))
-    last = checkpoints.newest(folder)
-    for name in checkpoints.passed_over(folder, last):
-        emit({"event": "warning", "message": f"{name} is damaged or incomplete: passed over"})
+    last = _found_checkpoint(folder.checkpoints, trainer.identity, emit)
     emit({"event": "stage", "stage": "train", "resumed_from": last and last.name})
     _train_from(trainer, last, prepared.steps)
     unset_hf_deepspeed_config()  # else models loaded from now on would be split by ZeRO 3
@@ -87,6 +88,21 @@ def peak_memory(ranks: Ranks) -> int:
     return int(ranks.add(mine).max())
 
 
+def _found_checkpoint(
+    folder: Path, identity: checkpoints.Identity | None, emit: Emit
+) -> Path | None:
+    """Choose where to go on from; one process looks, and says what is passed over and why."""
+
+    def look() -> tuple[str | None, list[str]]:
+        checkpoints.clean(folder)
+        return checkpoints.choose(folder, identity)
+
+    found, passed = Ranks.world().first(look)
+    for message in passed:
+        emit({"event": "warning", "message": message})
+    return folder / found if found else None
+
+
 def _train_from(trainer: UnlearningTrainer, last: Path | None, steps: int) -> None:
     """Train, or go on from a checkpoint; one that holds all steps is only loaded.
 
@@ -102,7 +118,7 @@ def _train_from(trainer: UnlearningTrainer, last: Path | None, steps: int) -> No
 
 
 def make_trainer(
-    prepared: Prepared, model: Any, folder: Path, *, weights_hash: str, emit: Emit
+    prepared: Prepared, model: Any, folder: RunFolder, *, weights_hash: str, emit: Emit
 ) -> UnlearningTrainer:
     """Build the trainer: adapters, scorer with its self-check, reference, data and callbacks."""
     recipe = prepared.recipe
@@ -114,7 +130,7 @@ def make_trainer(
         scorer = Scorer.for_model(model)
     trainer = UnlearningTrainer(
         model=model,
-        args=training_arguments(prepared, folder),
+        args=training_arguments(prepared, folder.checkpoints),
         train_dataset=StreamDataset(
             {name: stream.examples for name, stream in prepared.streams.items()}, seed=recipe.seed
         ),
@@ -123,6 +139,8 @@ def make_trainer(
         scorer=scorer,
         live=_live_reference(prepared, model),
         keep_checkpoints=recipe.training.save_total_limit,
+        identity=training_identity(prepared, weights_hash),
+        best_step=lambda: best_step(folder.best),
     )
     trainer.remove_callback(PrinterCallback)
     hidden = prepared.engine.startswith("zero")

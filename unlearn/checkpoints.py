@@ -1,7 +1,8 @@
 """Checkpoints that are complete or do not count.
 
 A checkpoint is filled in a staging folder, listed in ``complete.json`` with the size and SHA-256 of
-every file, and renamed into place. Resuming takes the newest one that still matches its list.
+every file and with what its training depends on, flushed and renamed into place. Resuming takes the
+newest one that still matches its list and belongs to the same recipe.
 """
 
 import hashlib
@@ -12,9 +13,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from unlearn.errors import UserError
 from unlearn.runs import settle, write_json
 
 SEAL = "complete.json"
+ASIDE = "set-aside"
+"""Folder for checkpoints newer than the one a run was told to go on from."""
+
+Identity = Mapping[str, Any]
+"""What a training depends on, by recipe key: plain JSON values."""
 
 
 def begin(folder: Path) -> Path:
@@ -23,45 +30,137 @@ def begin(folder: Path) -> Path:
     return Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
 
 
-def seal(staging: Path, folder: Path, identity: Mapping[str, Any] | None = None) -> None:
+def seal(staging: Path, folder: Path, identity: Identity | None = None) -> None:
     """List the files of a filled staging folder, flush them and rename it to ``folder``."""
     files = sorted(path for path in staging.rglob("*") if path.is_file())
     entries = {str(path.relative_to(staging)): _entry(path) for path in files}
-    write_json(staging / SEAL, entries)
+    write_json(staging / SEAL, {"identity": dict(identity or {}), "files": entries})
     settle(staging, folder)
 
 
-def is_complete(folder: Path) -> bool:
-    """Tell whether every listed file is there, can be read, and has its size and SHA-256."""
+def problem(folder: Path, identity: Identity | None = None, *, thorough: bool = True) -> str | None:
+    """Say why a checkpoint cannot be used; None when it can.
+
+    ``thorough=False`` compares sizes and reads no file: for checkpoints this process has written.
+    """
+    if not (folder / SEAL).is_file():
+        return f"it has no {SEAL}: its save never ended"
     try:
-        entries = json.loads((folder / SEAL).read_text())
-        return all(_entry(folder / name) == entry for name, entry in entries.items())
-    except (OSError, ValueError):
-        return False
+        content = json.loads((folder / SEAL).read_text())
+        files, stored = dict(content["files"]), dict(content["identity"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return f"its {SEAL} is damaged"
+    if identity is not None and (why := differences(stored, identity)):
+        return f"it was made with {why}"
+    for name, entry in files.items():
+        if found := _file_problem(folder / name, entry, thorough=thorough):
+            return f"{name} {found}"
+    return None
 
 
-def newest(folder: Path) -> Path | None:
-    """Give the newest complete checkpoint of a run, or None."""
-    return next((path for path in _by_step(folder) if is_complete(path)), None)
+def _file_problem(path: Path, entry: Mapping[str, Any], *, thorough: bool) -> str | None:
+    if not path.is_file():
+        return "is missing"
+    size = path.stat().st_size
+    if size != entry["size"]:
+        how = "is truncated" if size < entry["size"] else "has grown"
+        return f"{how}: {size} bytes of {entry['size']}"
+    try:
+        if thorough and _entry(path) != entry:
+            return "is damaged: its SHA-256 is not the one it was saved with"
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+    return None
 
 
-def passed_over(folder: Path, last: Path | None) -> list[str]:
-    """Name the checkpoints newer than ``last``, the one :func:`newest` gave: they are damaged."""
+def differences(stored: Identity, wanted: Identity, *, most: int = 3) -> str:
+    """Name the keys in which a checkpoint's recipe is another; empty when there are none."""
+    keys = [key for key in wanted if key in stored and stored[key] != wanted[key]]
+    keys += [key for key in wanted if key not in stored]
+    parts = [f"{key} {_short(stored.get(key))}, here {_short(wanted[key])}" for key in keys[:most]]
+    more = f" and {len(keys) - most} more differences" if len(keys) > most else ""
+    return "; ".join(parts) + more
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 40 else f"{text[:37]}…"
+
+
+def choose(folder: Path, identity: Identity | None = None) -> tuple[str | None, list[str]]:
+    """Give the name of the newest usable checkpoint, and why newer ones are passed over.
+
+    None when there is no checkpoint at all.
+
+    Raises:
+        UserError: there are checkpoints, but none can be used.
+    """
+    passed: list[str] = []
+    for path in _by_step(folder):
+        why = problem(path, identity)
+        if why is None:
+            return path.name, passed
+        passed.append(f"{path.name} is passed over: {why}")
+    if passed:
+        first = passed[0].replace(" is passed over:", ":")
+        raise UserError(
+            f"no checkpoint in '{folder}' can be used; {first}",
+            "restore what was changed; or remove that folder, and the run starts from its "
+            "beginning",
+        )
+    return None, []
+
+
+def go_back(folder: Path, name: str, identity: Identity | None = None) -> None:
+    """Make ``name`` the newest checkpoint; newer ones are set aside, nothing is deleted.
+
+    Raises:
+        UserError: there is none of that name, or it cannot be used.
+    """
     names = [path.name for path in _by_step(folder)]
-    return names[: names.index(last.name)] if last else names
+    if name not in names:
+        raise UserError(
+            f"no checkpoint '{name}' in '{folder}'", f"there are: {', '.join(names) or 'none'}"
+        )
+    if why := problem(folder / name, identity):
+        good = (other for other in names if other != name and not problem(folder / other, identity))
+        other = next(good, None)
+        hint = f"the newest usable one is {other}" if other else "no other one can be used either"
+        raise UserError(f"{name} cannot be used: {why}", hint)
+    for newer in names[: names.index(name)]:
+        (folder / ASIDE).mkdir(exist_ok=True)
+        shutil.rmtree(folder / ASIDE / newer, ignore_errors=True)
+        (folder / newer).rename(folder / ASIDE / newer)
 
 
-def prune(folder: Path, keep: int | None) -> None:
-    """Delete all but the newest ``keep`` checkpoints, and what interrupted saves left behind."""
+def prune(folder: Path, keep: int | None, *, best: int | None = None) -> None:
+    """Delete all but the newest ``keep`` whole checkpoints and the one of step ``best``.
+
+    Whether one is whole is judged by the sizes of its files: reading them all at every save would
+    cost as much as saving. One that is not does not count, so the last good one never goes.
+    """
+    whole = [path for path in _by_step(folder) if problem(path, thorough=False) is None]
+    if keep is None or len(whole) <= keep:
+        return
+    for path in _by_step(folder):
+        old = _step(path) < _step(whole[keep - 1])
+        if old and _step(path) != best:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def clean(folder: Path) -> None:
+    """Remove what interrupted saves left behind; only for the holder of the run folder."""
     for leftover in folder.glob(".checkpoint-*"):
         shutil.rmtree(leftover, ignore_errors=True)
-    for path in _by_step(folder)[keep:] if keep else []:
-        shutil.rmtree(path, ignore_errors=True)
 
 
 def _by_step(folder: Path) -> list[Path]:
     found = [path for path in folder.glob("checkpoint-*") if path.name.split("-")[1].isdigit()]
-    return sorted(found, key=lambda path: int(path.name.split("-")[1]), reverse=True)
+    return sorted(found, key=_step, reverse=True)
+
+
+def _step(path: Path) -> int:
+    return int(path.name.split("-")[1])
 
 
 def _entry(path: Path) -> dict[str, int | str]:

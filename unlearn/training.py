@@ -6,8 +6,9 @@ gradient accumulation nor the number of ranks changes the step.
 """
 
 import os
+import shutil
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,8 @@ class UnlearningTrainer(Trainer):
         scorer: Scorer,
         live: LiveReference | None = None,
         keep_checkpoints: int | None = 2,
-        identity: Mapping[str, Any] | None = None,
+        identity: checkpoints.Identity | None = None,
+        best_step: Callable[[], int | None] = lambda: None,
         **arguments: Any,
     ) -> None:
         super().__init__(**arguments)
@@ -76,6 +78,7 @@ class UnlearningTrainer(Trainer):
         self.live = live
         self.keep_checkpoints = keep_checkpoints
         self.identity = identity
+        self.best_step = best_step
         self.args._n_gpu = min(self.args.n_gpu, 1)  # one process, one device: never DataParallel
         self.readings: dict[str, Tensor] = {}
         self.grad_norm = 0.0
@@ -223,7 +226,7 @@ class UnlearningTrainer(Trainer):
         """Write the checkpoint elsewhere, seal it, and only then give it its name."""
         name = f"checkpoint-{self.state.global_step}"
         folder, ranks = Path(self.args.output_dir), Ranks.world()
-        if ranks.first(lambda: checkpoints.is_complete(folder / name)):
+        if ranks.first(lambda: checkpoints.problem(folder / name, self.identity) is None):
             return
         self._staging = Path(ranks.first(lambda: str(checkpoints.begin(folder / name))))
         try:
@@ -231,6 +234,8 @@ class UnlearningTrainer(Trainer):
             ranks.barrier()
             ranks.first(lambda: self._seal(folder / name))
         finally:
+            if ranks.rank == 0:  # what is left of a save that failed
+                shutil.rmtree(self._staging, ignore_errors=True)
             self._staging = None
 
     def _seal(self, folder: Path) -> None:
@@ -241,7 +246,7 @@ class UnlearningTrainer(Trainer):
         written.rmdir()
         (self._staging / "training_args.bin").unlink(missing_ok=True)  # a pickle nothing reads
         checkpoints.seal(self._staging, folder, self.identity)
-        checkpoints.prune(folder.parent, self.keep_checkpoints)
+        checkpoints.prune(folder.parent, self.keep_checkpoints, best=self.best_step())
 
 
 def _total(parts: Any) -> Tensor:

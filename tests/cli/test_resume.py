@@ -39,7 +39,7 @@ def stop_at(monkeypatch: Any) -> Any:
 
     def arrange(number: int, **wanted: Any) -> None:
         @contextmanager
-        def listening() -> Any:
+        def listening(**_: Any) -> Any:
             def emit(event: dict[str, Any]) -> None:
                 if wanted.items() <= event.items():
                     wanted["event"] = "never again"

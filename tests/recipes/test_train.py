@@ -14,6 +14,7 @@ from unlearn.recipes.files import load
 from unlearn.recipes.plan import plan_run
 from unlearn.recipes.prepare import Prepared, prepare
 from unlearn.recipes.train import make_trainer, needs_live, training_arguments
+from unlearn.runs import RunFolder
 
 
 @pytest.fixture
@@ -64,7 +65,9 @@ def test_reference_is_stored_or_live_as_the_terms_need(
 ) -> None:
     made = prepared(*overrides, method=method)
     model = load_model(made.source)
-    trainer = make_trainer(made, model, tmp_path, weights_hash="test", emit=lambda event: None)
+    trainer = make_trainer(
+        made, model, RunFolder(tmp_path), weights_hash="test", emit=lambda event: None
+    )
     assert set(trainer.data_collator.reference) == stored
     assert (trainer.live is not None) is live is needs_live(made)
 
@@ -73,7 +76,9 @@ def test_adapters_leave_the_base_alone(prepared: Any, tmp_path: Path) -> None:
     made = prepared("training.max_steps=2", "training.warmup_steps=0", lora=True)
     model = load_model(made.source)
     before = weights_hash(model)
-    trainer = make_trainer(made, model, tmp_path, weights_hash=before, emit=lambda event: None)
+    trainer = make_trainer(
+        made, model, RunFolder(tmp_path), weights_hash=before, emit=lambda event: None
+    )
     trainer.train()
     trained = {name for name, p in trainer.model.named_parameters() if p.requires_grad}
     assert trained
@@ -87,7 +92,9 @@ def test_mixed_precision_keeps_float32_weights(prepared: Any, tmp_path: Path) ->
     for overrides in ([], ["training.bf16=true"]):
         made = prepared("training.max_steps=3", "training.warmup_steps=0", *overrides)
         model, events = load_model(made.source), []
-        make_trainer(made, model, tmp_path, weights_hash="same", emit=events.append).train()
+        make_trainer(
+            made, model, RunFolder(tmp_path), weights_hash="same", emit=events.append
+        ).train()
         assert {p.dtype for p in model.parameters()} == {torch.float32}
         losses.append([event["retain/nll"] for event in events if event["event"] == "step"])
     assert losses[0] == pytest.approx(losses[1], rel=0.2)
@@ -120,7 +127,9 @@ def test_rmu_trains_the_chosen_matrices_and_copies_nothing_else(
     model = load_model(made.source)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     events: list[dict[str, Any]] = []
-    trainer = make_trainer(made, model, tmp_path, weights_hash="test", emit=events.append)
+    trainer = make_trainer(
+        made, model, RunFolder(tmp_path), weights_hash="test", emit=events.append
+    )
     trainer.train()
     moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     assert moved == {f"model.layers.{layer}.mlp.down_proj.weight" for layer in (0, 1)}
@@ -147,7 +156,9 @@ def test_rmu_does_not_depend_on_the_accumulation(prepared: Any, tmp_path: Path) 
         )
         model = load_model(made.source)
         start = model.model.layers[1].mlp.down_proj.weight.detach().clone()
-        make_trainer(made, model, tmp_path, weights_hash="t", emit=lambda event: None).train()
+        make_trainer(
+            made, model, RunFolder(tmp_path), weights_hash="t", emit=lambda event: None
+        ).train()
         found.append(model.model.layers[1].mlp.down_proj.weight.detach())
     assert (found[0] - start).abs().max() > 1e-3
     torch.testing.assert_close(*found, rtol=0, atol=1e-6)

@@ -1,0 +1,56 @@
+"""What a training depends on: a checkpoint may only continue the training that wrote it."""
+
+from typing import Any
+
+from unlearn.recipes.prepare import Prepared
+from unlearn.recipes.schema import Recipe
+
+BOOKKEEPING = (
+    "training.save_steps",
+    "training.save_total_limit",
+    "training.per_device_train_batch_size",
+    "training.gradient_accumulation_steps",
+    "training.global_batch_size",
+    "training.dataloader_num_workers",
+    "model.path",
+    "model.revision",
+    "model.retain_model",
+    "model.trust_remote_code",
+)
+"""Keys that change no step, or whose effect is said in another way (hashes, rows per step)."""
+WHOLE = ("none", "ddp")
+"""Engines whose checkpoints hold everything in one piece, whatever the number of processes."""
+
+
+def training_identity(prepared: Prepared, weights_hash: str) -> dict[str, Any]:
+    """Name everything that decides the course of a training, by recipe key.
+
+    Rows and weights count by their hashes. A run of the engines ``none`` and ``ddp`` may go on with
+    another number of processes when ``rows_per_step`` stays: the steps are the same; only dropout
+    draws other random numbers.
+    """
+    recipe = prepared.recipe
+    sections = {
+        name: getattr(recipe, name).model_dump(mode="json") for name in ("model", "training")
+    }
+    found = {
+        f"{section}.{key}": value
+        for section, content in sections.items()
+        for key, value in content.items()
+        if f"{section}.{key}" not in BOOKKEEPING
+    }
+    found |= {
+        "model weights": weights_hash[:16],
+        "terms": [term.model_dump(mode="json") for term in recipe.terms],
+        "seed": recipe.seed,
+        "rows_per_step": prepared.rows_per_step,
+    }
+    found |= {f"{name} rows": one.sha256()[:16] for name, one in prepared.streams.items()}
+    return found | _engine(recipe)
+
+
+def _engine(recipe: Recipe) -> dict[str, Any]:
+    launch = recipe.launch
+    if launch.chosen in WHOLE:
+        return {"launch.engine": "none or ddp"}
+    return {"launch.engine": launch.chosen, "processes": launch.processes}
