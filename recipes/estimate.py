@@ -81,7 +81,15 @@ class Sized:
     def of(cls, prepared: Prepared) -> "Sized":
         """Build the model of a recipe and read its sizes off it; takes a second or so."""
         model = meta_model(prepared)
-        return cls(model, Footprint.of(model, quantized=bool(prepared.recipe.model.quantize)))
+        quantized = bool(prepared.recipe.model.quantize)
+        layers = _read_layers(prepared)
+        return cls(model, Footprint.of(model, quantized=quantized, read_layers=layers))
+
+
+def _read_layers(prepared: Prepared) -> list[int]:
+    """List the layers whose hidden states a term reads."""
+    layers = {layer for _, layer in (term.reads for term in prepared.terms)}
+    return sorted(layer for layer in layers if layer is not None)
 
 
 def estimate(prepared: Prepared, sized: Sized) -> Estimate:
@@ -205,10 +213,12 @@ def largest_batch(prepared: Prepared, size: Footprint) -> Batch:
     hidden_only = {name for name, _ in reads} - {name for name, layer in reads if layer is None}
     scored = {name: stream for name, stream in chosen.items() if name not in hidden_only}
     whole = {term.on for term in prepared.terms if term.objective.reads == "logits"}
-    passes = [(_tokens(size, list(scored.values())), 1.0)] if scored else []
-    for layer in sorted({layer for _, layer in reads if layer is not None}):
+    passes: list[tuple[int, int | None]] = []
+    if scored:
+        passes.append((_tokens(size, list(scored.values())), None))
+    for layer in _read_layers(prepared):
         streams = [stream for name, stream in chosen.items() if (name, layer) in reads]
-        passes.append((_tokens(size, streams), min(1.0, (layer + 1) / size.layers)))
+        passes.append((_tokens(size, streams), layer))
     count = sum(len(stream) for stream in chosen.values())
     return Batch(
         passes=tuple(passes),

@@ -5,7 +5,7 @@ keeps is counted there, tensor by tensor, in a forward pass: so it is right for 
 for adapters and for frozen weights.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig
 from transformers import AutoModelForCausalLM as CausalModel
 
 from unlearn import models
+from unlearn.activations import cut_after
 from unlearn.head import plain
 from unlearn.recipes.prepare import Prepared
 from unlearn.recipes.train import choose_trained, lora_of
@@ -35,9 +36,10 @@ class Footprint:
 
     ``layer`` is the largest decoder layer, ``ends`` all weights outside of the layers (embeddings
     and head), ``head`` the head's own weights where they are trained. ``kept`` and ``checkpointed``
-    are what the backward pass keeps per token without and with gradient checkpointing; ``packed``
-    comes on top where rows are laid end to end (``packs``): attention's output, laid out twice.
-    ``matrix`` comes on top per token and per token of its row where attention is not fused.
+    are what the backward pass keeps per token, without and with gradient checkpointing, of a pass
+    through the whole model (None) or up to a layer. On top come in each layer: ``packed`` per token
+    where rows are laid end to end (``packs``: attention's output, twice), ``matrix`` per token and
+    per token of its row where attention is not fused.
     """
 
     parameters: int
@@ -49,15 +51,17 @@ class Footprint:
     head: int
     layers: int
     vocabulary: int
-    kept: float
-    checkpointed: float
+    kept: Mapping[int | None, float]
+    checkpointed: Mapping[int | None, float]
     packed: int
     packs: bool
     matrix: int
 
     @classmethod
-    def of(cls, model: Any, *, quantized: bool = False) -> "Footprint":
-        """Read the sizes off a model on the meta device."""
+    def of(
+        cls, model: Any, *, quantized: bool = False, read_layers: Collection[int] = ()
+    ) -> "Footprint":
+        """Read the sizes off a model on the meta device; terms read some of its layers."""
         config = plain(model).config.get_text_config()
         trained = [p for p in model.parameters() if p.requires_grad]
         frozen = [p for p in model.parameters() if not p.requires_grad]
@@ -75,13 +79,11 @@ class Footprint:
             head=_bytes([head]) if head is not None and head.requires_grad else 0,
             layers=config.num_hidden_layers,
             vocabulary=config.vocab_size,
-            kept=_kept_per_token(model, checkpointing=False),
-            checkpointed=_kept_per_token(model, checkpointing=True),
-            packed=config.num_hidden_layers * _attended(config) * model.dtype.itemsize,
+            kept=_kept(model, read_layers, checkpointing=False),
+            checkpointed=_kept(model, read_layers, checkpointing=True),
+            packed=_attended(config) * model.dtype.itemsize,
             packs=_packs(config),
-            matrix=EAGER * config.num_attention_heads * config.num_hidden_layers
-            if config._attn_implementation == "eager"
-            else 0,
+            matrix=EAGER * config.num_attention_heads if _is_eager(config) else 0,
         )
 
 
@@ -123,6 +125,20 @@ def _packs(config: Any) -> bool:
     """Tell whether the trainer will pack rows, as far as the configuration shows it."""
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     return config._attn_implementation == "sdpa" and kinds == {"full_attention"}
+
+
+def _is_eager(config: Any) -> bool:
+    return bool(config._attn_implementation == "eager")
+
+
+def _kept(
+    model: Any, read_layers: Collection[int], *, checkpointing: bool
+) -> dict[int | None, float]:
+    found: dict[int | None, float] = {None: _kept_per_token(model, checkpointing=checkpointing)}
+    for layer in read_layers:
+        with cut_after(model, layer):
+            found[layer] = _kept_per_token(model, checkpointing=checkpointing)
+    return found
 
 
 def _kept_per_token(model: Any, *, checkpointing: bool) -> float:

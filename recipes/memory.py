@@ -45,12 +45,12 @@ class Part:
 class Batch:
     """The largest micro-batch of one process.
 
-    ``passes`` are its forward passes with gradient: tokens, and the share of the layers they go
-    through. ``scored`` are the labelled tokens of each stream, ``full`` the positions of each
-    stream whose logits are kept whole.
+    ``passes`` are its forward passes with gradient: tokens, and the layer where they end (None:
+    none before the head). ``scored`` are the labelled tokens of each stream, ``full`` the positions
+    of each stream whose logits are kept whole.
     """
 
-    passes: tuple[tuple[int, float], ...]
+    passes: tuple[tuple[int, int | None], ...]
     scored: tuple[int, ...]
     full: tuple[int, ...]
     longest: int
@@ -206,13 +206,18 @@ def activations(size: Footprint, batch: Batch, checkpointing: bool) -> tuple[flo
 
     With gradient checkpointing a layer's activations are computed again, one layer at a time.
     """
-    each = size.kept + (size.packed if size.packs else 0) + size.matrix * batch.longest
-    tokens = sum(count * share for count, share in batch.passes)
-    largest = max((count for count, _ in batch.passes), default=0)
-    layer = each * largest / max(1, size.layers)
-    if checkpointing:
-        return size.checkpointed * tokens, layer * (1 + IN_FLIGHT)
-    return each * tokens, layer * IN_FLIGHT
+    more = (size.packed if size.packs else 0) + size.matrix * batch.longest
+
+    def depth(last: int | None) -> int:
+        return size.layers if last is None else last + 1
+
+    whole = [tokens * (size.kept[last] + more * depth(last)) for tokens, last in batch.passes]
+    passes = zip(whole, batch.passes, strict=True)
+    layer = max((kept / depth(last) for kept, (_, last) in passes), default=0.0)
+    if not checkpointing:
+        return sum(whole), layer * IN_FLIGHT
+    kept = sum(tokens * size.checkpointed[last] for tokens, last in batch.passes)
+    return kept, layer * (1 + IN_FLIGHT)
 
 
 def head_bytes(size: Footprint, batch: Batch) -> float:

@@ -123,7 +123,9 @@ def measure_step(prepared: Prepared, *, repeats: int = 3) -> dict[str, Any]:
             ends.append((time.monotonic(), event["tokens"]))
 
     with tempfile.TemporaryDirectory() as folder:
-        trainer = make_trainer(here, model, RunFolder(Path(folder)), weights_hash="measure", emit=tick)
+        trainer = make_trainer(
+            here, model, RunFolder(Path(folder)), weights_hash="measure", emit=tick
+        )
         trainer.args.max_steps = repeats + 1
         trainer.args.save_strategy = SaveStrategy.NO
         with packable(trainer.model) if can_pack(trainer.model) else nullcontext():

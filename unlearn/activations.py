@@ -45,7 +45,7 @@ def read_layer(
     """
     ids, widths = join_streams([batch["input_ids"] for batch in batches.values()], 0)
     attended, _ = join_streams([batch["attention_mask"] for batch in batches.values()], 0)
-    with _cut_after(model, layer) as last:
+    with cut_after(model, layer) as last:
         hidden = hidden_states(model, ids, attended.bool(), last)
     rows = hidden.split([len(batch["input_ids"]) for batch in batches.values()])
     return {
@@ -81,7 +81,7 @@ def _layers(model: Any) -> tuple[str, nn.ModuleList]:
 
 
 @contextmanager
-def _cut_after(model: Any, layer: int) -> Iterator[nn.Module]:
+def cut_after(model: Any, layer: int) -> Iterator[nn.Module]:
     """Take the layers above ``layer`` out of the model inside the block; give that layer."""
     name, layers = _layers(model)
     decoder = plain(model).get_decoder()

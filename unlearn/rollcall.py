@@ -7,6 +7,7 @@ seconds is named, and the listener ends.
 """
 
 import os
+import signal
 import socket
 import threading
 import time
@@ -96,6 +97,7 @@ def answering(
                 return
             over.wait(beat)
 
+    threading.Thread(target=_end_with_parent, args=(over, beat), daemon=True).start()
     thread = threading.Thread(target=go_on, name="roll call", daemon=True)
     thread.start()
     try:
@@ -105,6 +107,15 @@ def answering(
         thread.join(2 * beat)
         with _unanswered():
             call.end()
+
+
+def _end_with_parent(over: threading.Event, beat: float) -> None:
+    """Ask this process to stop once its launcher has been killed and can no longer do so."""
+    parent = os.getppid()
+    while not over.wait(beat):
+        if os.getppid() != parent:
+            os.kill(os.getpid(), signal.SIGTERM)
+            return
 
 
 @contextmanager
