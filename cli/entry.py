@@ -3,6 +3,7 @@
 Exit codes: 0 ok, 1 failed, 2 user mistake, 75 interrupted and resumable.
 """
 
+import atexit
 import io
 import json as json_module
 import logging
@@ -88,7 +89,14 @@ def guarded(app: Callable[..., Any]) -> None:
             code = _report(error, json=json, debug=debug)
     if launch.inside_launch():
         _end_now(code or OK)
+    atexit.register(_ignore_stops)
     raise SystemExit(code or OK)
+
+
+def _ignore_stops() -> None:
+    """Let the exit code stand while libraries are torn down: all is done that could be stopped."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _end_now(code: int) -> NoReturn:

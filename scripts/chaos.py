@@ -128,8 +128,8 @@ def disturbed(place: Path, options: argparse.Namespace) -> Iterator[Kill]:
             send(process, signal.Signals[name], target if done else "launcher")
         code = process.wait(PATIENCE)
         wait_for_orphans(folder)
-        ok = not reached or code == (75 if name == "SIGTERM" else code)
-        ok = ok and (code != 0 or folder.results.is_file())
+        ended = code == 0 and folder.results.is_file()  # the signal came after the last stage
+        ok = ended or (reached and (code == 75 if name == "SIGTERM" else code != 0))
         moment = moment if reached else f"{moment} (ended before)"
         kill = Kill(number, name, target if done else "launcher", moment, step(folder), code, ok)
         say(f"kill {number + 1}/{options.kills}: {name} to {kill.target} {moment}: "
