@@ -103,9 +103,9 @@ def estimate(prepared: Prepared, sized: Sized) -> Estimate:
         parts.insert(0, Part("process", PROCESS_BYTES, "Python and PyTorch"))
     process = PROCESS_BYTES if on_cpu else 0
     whole = process + size.weights + measuring.bytes
-    loading = process + _loading(size, how)
+    split = ", before an engine splits them" if how.engine in SHARDED else ""
     stages = [
-        Part("loading", loading, "whole weights, before an engine splits them"),
+        Part("loading", process + _loading(size, how), f"whole weights{split}"),
         Part("training", sum(part.bytes for part in parts), "the parts above"),
         Part("measuring", whole, f"whole weights and {measuring.why}"),
     ]
