@@ -298,9 +298,9 @@ def _print_commands(told: dict[str, Any], commands: Mapping[str, list[str]]) -> 
                       markup=False)  # fmt: skip
 
     nodes, each = told["nodes"], told["processes_per_node"]
-    where = f"each of the {nodes} nodes, in a folder that all of them see" if nodes > 1 else "it"
+    where = f" on each of the {nodes} nodes, in a folder that all see" if nodes > 1 else ""
     count = f"{nodes * each} process{'es' if nodes * each > 1 else ''}"
-    console.print(f"[dim]# {count}, engine {told['engine']}. Type this on {where}:[/]")
+    console.print(f"[dim]# {count}, engine {told['engine']}. Type this{where}:[/]")
     show("unlearn")
     if "torchrun" in commands:
         console.print("\n[dim]# or, where torchrun is wanted:[/]")
