@@ -300,8 +300,9 @@ def _print_commands(told: dict[str, Any], commands: Mapping[str, list[str]]) -> 
     nodes, each = told["nodes"], told["processes_per_node"]
     where = f" on each of the {nodes} nodes, in a folder that all see" if nodes > 1 else ""
     count = f"{nodes * each} process{'es' if nodes * each > 1 else ''}"
-    console.print(f"[dim]# {count}, engine {told['engine']}. Type this{where}:[/]")
+    console.print(f"[dim]# {count}, engine {told['engine']}[/]")
+    console.print(f"[dim]# Type this{where}:[/]")
     show("unlearn")
     if "torchrun" in commands:
-        console.print("\n[dim]# or, where torchrun is wanted:[/]")
+        console.print("\n[dim]# Or, through torchrun:[/]")
         show("torchrun")
