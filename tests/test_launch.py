@@ -66,7 +66,7 @@ def test_nodes_that_do_not_meet_are_told(monkeypatch: Any) -> None:
     """Nobody listens at port 1 of a host that is not this one."""
     monkeypatch.setattr(launch, "MEET_SECONDS", 1)
     apart = Launch(nnodes=2, rdzv="192.0.2.1:1")  # an address kept for documentation
-    with pytest.raises(RunFailed, match="2 nodes did not meet at 192.0.2.1:1"):
+    with pytest.raises(RunFailed, match=r"2 nodes did not meet at 192\.0\.2\.1:1"):
         launch.start(apart, ["finish"], program=PROGRAM)
 
 
