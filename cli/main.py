@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from unlearn.cli import data, doctor, evals, recipes, report
+from unlearn.cli import data, doctor, evals, jobs, recipes, report
 from unlearn.cli.entry import Json, Offline, go_offline, guarded, naming, say
 from unlearn.cli.progress import Emit, listening
 from unlearn.cli.ranks import (
@@ -164,6 +164,7 @@ def resume(
             help="Go on from this one ([bold]checkpoint-20[/bold]); newer ones are set aside.",
         ),
     ] = None,
+    rdzv: Rdzv = None,
     offline: Offline = False,
     json: Json = False,
 ) -> None:
@@ -180,7 +181,7 @@ def resume(
         emit({"event": "stage", "stage": "start"})
         from unlearn.recipes.files import load
 
-        truth = launch_changes(None, None, None, None)
+        truth = launch_changes(None, None, None, rdzv)
         recipe = load(str(opened.recipe), [], {"out": str(folder)} | truth)
         launching = needs_launch(recipe)
         results = {} if launching else _resume(recipe, opened, emit, checkpoint, offline)
@@ -198,6 +199,64 @@ def _resume(
 
     with joined_ranks(recipe.launch.chosen):
         return resume_run(recipe, opened, emit=emit, offline=offline, checkpoint=checkpoint)
+
+
+@app.command(rich_help_panel=RUNS, epilog=jobs.EPILOG)
+def launch(
+    method: Method,
+    model: Model = None,
+    forget: Forget = None,
+    retain: Retain = None,
+    out: Out = None,
+    map_: Map = None,
+    recipe: Preset = None,
+    lora: Lora = False,
+    set_: Set = None,
+    nproc: Nproc = None,
+    engine: Engine = None,
+    nnodes: Nnodes = None,
+    rdzv: Rdzv = None,
+    print_: jobs.Print = False,
+    slurm: jobs.Slurm = False,
+    skypilot: jobs.SkyPilot = False,
+    kubernetes: jobs.Kubernetes = False,
+    save: jobs.Save = None,
+    submit: jobs.Submit = False,
+    time: jobs.Time = None,
+    partition: jobs.Partition = None,
+    account: jobs.Account = None,
+    gpus_per_node: jobs.Gpus = None,
+    cpus_per_task: jobs.Cpus = None,
+    accelerators: jobs.Accelerators = None,
+    image: jobs.Image = None,
+    volume: jobs.Volume = None,
+    setup: jobs.Setup = None,
+    offline: Offline = False,
+    json: Json = False,
+) -> None:
+    """Prepare a run for several nodes: what to type on each, or a job for a scheduler.
+
+    Takes the options of `unlearn run` and checks them as it does; starts nothing without --submit.
+    """
+    kinds = {"slurm": slurm, "skypilot": skypilot, "kubernetes": kubernetes}
+    asked = {"time": time, "partition": partition, "account": account,
+             "gpus_per_node": gpus_per_node, "cpus_per_task": cpus_per_task,
+             "accelerators": accelerators, "image": image, "volume": volume,
+             "setup": setup}  # fmt: skip
+    wanted = jobs.wanted(kinds, asked, print_=print_, save=save, submit=submit, rdzv=rdzv)
+    changes = _changes(map_, model=model, forget=forget, retain=retain, out=out)
+    changes |= launch_changes(nproc, engine, nnodes, rdzv)
+    go_offline(offline)
+    with listening() as emit:
+        emit({"event": "stage", "stage": "start"})
+        here = wanted.kind not in jobs.ELSEWHERE
+        resolved = _resolve(method, recipe, changes, set_ or [], lora, here=here)
+        jobs.check(resolved, wanted, set_ or [], offline=offline)
+    words = jobs.run_words(
+        method, preset=recipe, model=model, forget=forget, retain=retain, out=out, map_=map_,
+        lora=lora, engine=engine, set_=set_, offline=offline,
+    )  # fmt: skip
+    jobs.give(wanted, resolved, words, json=json)
 
 
 @app.command(
@@ -300,8 +359,15 @@ def _changes(map_: list[str] | None, **given: Any) -> dict[str, Any]:
 
 
 def _resolve(
-    method: str, preset: str | None, changes: dict[str, Any], overrides: list[str], lora: bool
+    method: str,
+    preset: str | None,
+    changes: dict[str, Any],
+    overrides: list[str],
+    lora: bool,
+    *,
+    here: bool = True,
 ) -> Any:
+    """Give the checked recipe; ``here``: it is run on this machine, whose files are looked at."""
     from unlearn.errors import UserError, unknown
     from unlearn.recipes.files import find, load, read, recipe_names
     from unlearn.recipes.inputs import check_early
@@ -311,7 +377,8 @@ def _resolve(
     if preset and (meant := read(find(preset)).get("method")) != method:
         message = f"recipe '{preset}' is for method '{meant}', not '{method}'"
         raise UserError(message, f"unlearn run {meant} --recipe {preset} …")
-    check_early(preset or method, overrides, changes)
+    if here:
+        check_early(preset or method, overrides, changes)
     return load(preset or method, overrides, changes, lora=lora)
 
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from unlearn.cli.entry import FAILED
-from unlearn.launch import inside_launch, leave, sizes
+from unlearn.launch import MEET_SECONDS, inside_launch, leave, sizes
 
 PATIENCE = timedelta(hours=2)
 """How long one process may wait for another: rank 0 may be saving. A dead one is noticed sooner."""
@@ -94,6 +94,10 @@ def start(recipe: Any, command: list[str], *, offline: bool, json: bool) -> None
     section = recipe.launch
     launch = Launch(section.nproc, section.nnodes, section.rdzv)
     check_engine(section.chosen, section.nproc, quantized=bool(recipe.model.quantize))
+    if section.nnodes > 1:
+        minutes = MEET_SECONDS // 60
+        where = f"{section.nnodes} nodes meet at {section.rdzv}"
+        print(f"{where}; this one waits up to {minutes} minutes", file=sys.stderr, flush=True)
     flags = [flag for flag, on in (("--offline", offline), ("--json", json)) if on]
     variables = environment(section.chosen) | {COMMAND: command_line()}
     sys.stdout.flush()

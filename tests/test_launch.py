@@ -2,6 +2,7 @@
 
 import os
 import signal
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 
 from unlearn import launch
-from unlearn.errors import UserError
+from unlearn.errors import RunFailed, UserError
 from unlearn.launch import Launch, Outcome
 
 PROGRAM = (str(Path(__file__).with_name("stand_in.py")),)
@@ -45,14 +46,28 @@ def test_a_frozen_process_is_killed(monkeypatch: Any) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_stop_request_reaches_every_process_and_all_may_finish(number: int) -> None:
-    timer = threading.Timer(5, os.kill, (os.getpid(), number))
-    timer.start()
-    try:
-        outcome = launch.start(TWO, ["wait"], program=PROGRAM)
-    finally:
-        timer.cancel()
+def test_a_stop_request_reaches_every_process_and_all_may_finish(
+    number: int, tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+    def ask() -> None:
+        while len([path for path in tmp_path.glob("*/pid-*") if path.read_text()]) < 2:
+            time.sleep(0.1)
+        time.sleep(1)  # its handler comes just after
+        os.kill(os.getpid(), number)
+
+    threading.Thread(target=ask, daemon=True).start()
+    outcome = launch.start(TWO, ["wait"], program=PROGRAM)
     assert (outcome.code, outcome.message) == (75, "stopped")
+
+
+def test_nodes_that_do_not_meet_are_told(monkeypatch: Any) -> None:
+    """Nobody listens at port 1 of a host that is not this one."""
+    monkeypatch.setattr(launch, "MEET_SECONDS", 1)
+    apart = Launch(nnodes=2, rdzv="192.0.2.1:1")  # an address kept for documentation
+    with pytest.raises(RunFailed, match=r"2 nodes did not meet at 192\.0\.2\.1:1"):
+        launch.start(apart, ["finish"], program=PROGRAM)
 
 
 def failure(exitcode: int, seconds: int) -> Any:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from unlearn.errors import Interrupted, RunFailed
+from unlearn.launch import SAME_REQUEST
 from unlearn.monitors import (
     EverySteps,
     StepEvents,
@@ -197,8 +198,19 @@ def test_a_second_signal_stops_at_once(number: int) -> None:
     with StopRequest().listening() as stop:
         stop.on_train_begin(None, None, None)
         signal.raise_signal(number)
+        stop.asked_at -= SAME_REQUEST
         with pytest.raises(Interrupted):
             signal.raise_signal(number)
+
+
+def test_a_sigterm_that_arrives_twice_is_one_request() -> None:
+    """From the scheduler, which reaches every process, and from the launcher that passes it on."""
+    with StopRequest().listening() as stop:
+        stop.on_train_begin(None, None, None)
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.requested
+        assert not stop.stopped
 
 
 def test_outside_training_a_signal_stops_at_once() -> None:

@@ -9,7 +9,6 @@ import json
 import logging
 import math
 import os
-import shlex
 import signal
 import socket
 import sys
@@ -22,13 +21,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from unlearn.errors import UserError
+from unlearn.errors import RunFailed, UserError
 
 FOLDER = "UNLEARN_LAUNCH_FOLDER"
 """Variable that names the folder where processes started here say how they ended."""
 PROGRAM = ("-m", "unlearn.cli")
 END_SECONDS = 10
 """How long the others may take to end once a process has failed; then they are killed."""
+MEET_SECONDS = 900
+"""How long a node waits for the others: they may be started by hand, or fetch an image first."""
+SAME_REQUEST = 2.0
+"""SIGTERMs within so many seconds are one request: schedulers send it to all processes at once."""
+RUN_ID = "unlearn"
+MEETING_HINT = "start the same command on each; all must reach that host and port"
 CLEAN = (0, 75)
 """Exit codes after which the other processes are left to end by themselves."""
 
@@ -110,10 +115,14 @@ def start(
     """Run ``python PROGRAM ARGUMENTS`` in every process and give the outcome of the whole.
 
     SIGINT and SIGTERM are passed on once, as SIGTERM; a second one ends everything at once.
+
+    Raises:
+        RunFailed: the nodes did not meet.
     """
     from torch.distributed.elastic.multiprocessing.errors import (  # noqa: PLC0415 - imports torch
         ChildFailedError,
     )
+    from torch.distributed.elastic.rendezvous import RendezvousError  # noqa: PLC0415
     from torch.distributed.launcher.api import elastic_launch  # noqa: PLC0415
 
     with tempfile.TemporaryDirectory(prefix="unlearn-launch-") as name:
@@ -125,6 +134,9 @@ def start(
                 elastic_launch(_config(launch), sys.executable)(*program, *arguments)
             except ChildFailedError as error:
                 failures = error.failures
+            except RendezvousError as error:
+                where = f"{launch.nnodes} nodes did not meet at {launch.rdzv}"
+                raise RunFailed(where, MEETING_HINT) from error
         return _whole(list(outcomes(folder)), failures)
 
 
@@ -140,9 +152,10 @@ def _config(launch: Launch) -> Any:
         min_nodes=launch.nnodes,
         max_nodes=launch.nnodes,
         nproc_per_node=launch.nproc,
-        run_id=f"unlearn-{os.getpid()}" if alone else "unlearn",
+        run_id=f"{RUN_ID}-{os.getpid()}" if alone else RUN_ID,
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0" if alone else str(launch.rdzv),
+        rdzv_configs={"join_timeout": MEET_SECONDS, "read_timeout": MEET_SECONDS},
         local_addr="localhost" if alone else None,
         max_restarts=0,
         signals_to_handle="SIGQUIT",  # the others are passed on by _passing_on
@@ -199,15 +212,22 @@ def _passing_on(folder: Path, nproc: int) -> Iterator[None]:
     """Pass the first SIGINT or SIGTERM on to all processes; leave a second one to who had it."""
     numbers = (signal.SIGINT, signal.SIGTERM)
     before: dict[int, Callable[..., Any] | int | None] = {}
+    asked: list[float] = []
 
     def restore() -> None:
         for number, handler in before.items():
             signal.signal(number, handler)
 
     def stop(number: int, frame: Any) -> None:
-        restore()
+        asked.append(time.monotonic())
+        if len(asked) > 1:
+            if number == signal.SIGTERM and asked[-1] - asked[0] < SAME_REQUEST:
+                return
+            restore()
+            signal.raise_signal(number)
         pids = [int(path.read_text() or 0) for path in folder.glob("pid-*")]
         if len(pids) < nproc or not all(pids):  # still starting: nothing to be saved
+            restore()
             signal.raise_signal(number)
         for pid in pids:
             with suppress(ProcessLookupError):
@@ -243,8 +263,3 @@ def _ending(folder: Path) -> Iterator[None]:
     finally:
         over.set()
         thread.join()
-
-
-def node_commands(launch: Launch, arguments: Sequence[str]) -> list[str]:
-    """Give the command to type on each node: the same on all of them."""
-    return [shlex.join(["unlearn", *arguments])] * launch.nnodes

@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 
 from unlearn.engines import local
 from unlearn.errors import Interrupted, RunFailed
+from unlearn.launch import SAME_REQUEST
 
 Emit = Callable[[dict[str, Any]], None]
 
@@ -210,13 +211,15 @@ class StopRequest(TrainerCallback):
 
     ``agree`` tells every rank whether one of them was asked: all stop after the same step. Outside
     training there is nothing to finish: the signal raises :class:`Interrupted` at once. A second
-    signal stops immediately.
+    signal stops immediately, except a SIGTERM that comes with the first: a scheduler may send it to
+    every process while the launcher passes it on.
     """
 
     requested: bool = False
     stopped: bool = False
     in_step: bool = False
     agree: Callable[[bool], bool] = bool
+    asked_at: float = -math.inf
 
     @contextmanager
     def listening(self) -> Iterator["StopRequest"]:
@@ -239,6 +242,9 @@ class StopRequest(TrainerCallback):
                 signal.signal(number, handler)
 
     def _receive(self, number: int, frame: Any) -> None:
+        before, self.asked_at = self.asked_at, time.monotonic()
+        if number == signal.SIGTERM and self.asked_at - before < SAME_REQUEST:
+            return
         if self.requested or not self.in_step:
             self.stopped = True
             raise Interrupted("stopped on request")

@@ -5,9 +5,12 @@ per step. ``make test`` runs each engine once; the rest of the matrix is slow.
 """
 
 import json
+import signal
+import socket
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,14 +56,21 @@ def place(tmp_path_factory: Any) -> Path:
     return folder
 
 
-def started(place: Path, out: str, *arguments: str, settings: list[str]) -> dict[str, Any]:
-    """Run NPO with the real command; give its results with the steps as they were logged."""
+def command(
+    out: str, *arguments: str, settings: list[str], program: Sequence[str] = COMMAND
+) -> list[str]:
     given = ["--model", "model", "--forget", "forget.jsonl", "--retain", "retain.jsonl"]
     changes = [part for setting in (*SETTINGS, *settings) for part in ("--set", setting)]
-    command = [*COMMAND, "run", "npo", *given, "--out", out, *arguments, *changes, "--json"]
-    done = subprocess.run(
-        [*command, "--offline"], cwd=place, capture_output=True, text=True, timeout=240
-    )
+    return [*program, "run", "npo", *given, "--out", out, *arguments, *changes,
+            "--json", "--offline"]  # fmt: skip
+
+
+def started(
+    place: Path, out: str, *arguments: str, settings: list[str], program: Sequence[str] = COMMAND
+) -> dict[str, Any]:
+    """Run NPO with the real command; give its results with the steps as they were logged."""
+    words = command(out, *arguments, settings=settings, program=program)
+    done = subprocess.run(words, cwd=place, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout)
 
@@ -117,6 +127,78 @@ def matches(place: Path, engine: str, variant: str, extra: tuple[str, ...] = ())
 @pytest.mark.parametrize("engine", ENGINES)
 def test_an_engine_takes_the_steps_of_one_process(place: Path, engine: str) -> None:
     matches(place, engine, "lora" if engine == "zero2" else "full")
+
+
+TORCHRUN = ["torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+
+
+def test_torchrun_may_start_the_processes(place: Path) -> None:
+    program = [sys.executable, "-m", *TORCHRUN, "-m", "unlearn.cli"]
+    found = started(place, "torchrun", "--engine", "ddp", settings=[], program=program)
+    assert found["metrics"]["after"]
+    manifest = json.loads((place / "torchrun" / "manifest.json").read_text())
+    assert manifest["processes"] == 2
+    same(alone(place, "full"), place / "torchrun")
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("localhost", 0))
+        return int(one.getsockname()[1])
+
+
+def on_two_nodes(place: Path, *words: str) -> list[tuple[int, str, str]]:
+    """Run the same command twice at once, as on two nodes; give code, stdout and stderr of both."""
+    both = [
+        subprocess.Popen(
+            words, cwd=place, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for _ in range(2)
+    ]
+    try:
+        said = [one.communicate(timeout=240) for one in both]
+    finally:
+        for one in both:
+            one.kill()
+    return [(one.returncode, *texts) for one, texts in zip(both, said, strict=True)]
+
+
+def test_two_nodes_take_the_steps_of_one(place: Path) -> None:
+    """Two nodes of one process are two processes: the first speaks, the other says nothing."""
+    where = ["--nnodes", "2", "--nproc", "1", "--rdzv", f"localhost:{free_port()}"]
+    ended = on_two_nodes(place, *command("nodes", *where, "--engine", "ddp", settings=[]))
+    assert [code for code, _, _ in ended] == [0, 0], ended
+    spoken = [out for _, out, _ in ended if out]
+    assert len(spoken) == 1
+    assert json.loads(spoken[0])["metrics"]["after"]
+    assert json.loads((place / "nodes" / "manifest.json").read_text())["processes"] == 2
+    same(alone(place, "full"), place / "nodes")
+
+
+@pytest.mark.slow
+def test_a_stopped_node_stops_the_other_and_both_resume_at_another_place(place: Path) -> None:
+    """As on a cluster: the signal reaches one node, and the next allocation has other nodes."""
+    where = ["--nnodes", "2", "--nproc", "1", "--rdzv", f"localhost:{free_port()}"]
+    words = command("stopped", *where, settings=["training.max_steps=300"])
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    both = [subprocess.Popen(words, cwd=place, **quiet) for _ in range(2)]
+    try:
+        events = place / "stopped" / "events.jsonl"
+        until = time.monotonic() + 120
+        while not (events.exists() and '"step"' in events.read_text()):
+            assert time.monotonic() < until
+            assert [one.poll() for one in both] == [None, None]
+            time.sleep(0.1)
+        both[1].send_signal(signal.SIGTERM)
+        assert [one.wait(timeout=120) for one in both] == [75, 75]
+    finally:
+        for one in both:
+            one.kill()
+    words = [*COMMAND, "resume", "stopped", "--rdzv", f"localhost:{free_port()}", "--json"]
+    ended = on_two_nodes(place, *words)
+    assert [code for code, _, _ in ended] == [0, 0], ended
+    (spoken,) = [json.loads(out) for _, out, _ in ended if out]
+    assert spoken["training"]["steps"] == 300
 
 
 @pytest.mark.slow
