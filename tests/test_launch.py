@@ -90,6 +90,9 @@ def ended(rank: int, code: int, seconds: float) -> Outcome:
         # rank 1 failed, the launcher ended rank 0
         ([ended(1, 1, 8)], {0: failure(-15, 8), 1: failure(1, 8)}, "rank 1 said 1"),
         ([ended(1, 1, 8)], {0: failure(-9, 38), 1: failure(1, 8)}, "rank 1 said 1"),
+        # rank 1 failed, rank 0 lost its connection and could say nothing
+        ([ended(1, 1, 8)], {0: failure(1, 8), 1: failure(1, 8)}, "rank 1 said 1"),
+        ([ended(0, 75, 9)], {1: failure(1, 8)}, "rank 1 (process 7"),
     ],
 )
 def test_the_cause_is_told_from_its_consequences(

@@ -175,10 +175,11 @@ def _whole(found: Sequence[Outcome], failures: Mapping[int, Any]) -> Outcome:
     lost = [_lost(rank, one) for rank, one in failures.items() if rank not in told]
     failed = [outcome for outcome in found if outcome.code not in CLEAN]
     first = min((outcome.time for outcome in failed), default=math.inf)
-    # what waited for a lost process fails just after it; what was killed later, was killed by us
-    causes = [one for one in lost if "SIGTERM" not in one.message and one.time <= first + 5]
-    if causes or failed:
-        return min(causes or failed, key=lambda outcome: (outcome.code != 2, outcome.time))
+    own = [one for one in lost if "SIGTERM" not in one.message]  # the others were ended by us
+    # what waited for a killed process fails just after it; what was killed later, was killed by us
+    killed = [one for one in own if "killed by" in one.message and one.time <= first + 5]
+    if causes := killed or failed or own:
+        return min(causes, key=lambda outcome: (outcome.code != 2, outcome.time))
     return max([*lost, *found], key=lambda outcome: outcome.code)
 
 
