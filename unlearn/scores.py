@@ -253,8 +253,8 @@ def _laid_out(
         for name, values in found.items()
         if name != "labelled"
     }
-    whole = {"labelled": found.get("labelled"), **_of_rows(batch)}
-    return Scores(mask=mask, attended=attention.bool(), **columns, **whole)
+    kept = {name: found[name] for name in ("labelled",) if name in found}
+    return Scores(mask=mask, attended=attention.bool(), **columns, **kept, **_of_rows(batch))
 
 
 def _of_rows(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
