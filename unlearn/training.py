@@ -9,7 +9,7 @@ import math
 import os
 import shutil
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -139,8 +139,7 @@ class UnlearningTrainer(Trainer):
         readings = {name: float(value) for name, value in self._over_ranks(self.readings).items()}
         states = {
             f"{term.objective.name}.{key}": value
-            for term, loss in zip(self.terms, self.losses, strict=True)
-            if isinstance(loss, Stateful)
+            for term, loss in self._stateful()
             for key, value in loss.state_dict().items()
             if value is not None
         }
@@ -155,10 +154,14 @@ class UnlearningTrainer(Trainer):
         rows = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
         per_epoch = -(-len(self.train_dataset) // (rows * self.accelerator.num_processes))
         epoch = self.state.global_step / per_epoch
+        for term, loss in self._stateful():
+            nll = means.get(f"{term.on}/nll", math.nan)
+            loss.after_step(StepMeans(means[term.label], nll, epoch))
+
+    def _stateful(self) -> Iterator[tuple[Term, Stateful]]:
         for term, loss in zip(self.terms, self.losses, strict=True):
             if isinstance(loss, Stateful):
-                nll = means.get(f"{term.on}/nll", math.nan)
-                loss.after_step(StepMeans(means[term.label], nll, epoch))
+                yield term, loss
 
     # Loss
 

@@ -211,8 +211,8 @@ def _unreadable(objective: Objective, *given: Said | None) -> list[str]:
         if isinstance(said, Scores) and not _has(said, objective.reads):
             want = objective.reads
             return [f"{objective.name} needs scores with logits: score(..., want={{{want!r}}})"]
-        if objective.annotated and said.important is None:  # type: ignore[union-attr]
-            return [f"{objective.name} needs rows with a column 'important'"]
+    if objective.annotated and getattr(given[0], "important", None) is None:
+        return [f"{objective.name} needs rows with a column 'important'"]
     return []
 
 
