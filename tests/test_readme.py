@@ -79,11 +79,15 @@ def options(command: Any) -> Iterator[str]:
 
 def test_there_is_something_to_check() -> None:
     assert len(COMMANDS) > 10
-    assert len(blocks("python")) == 2
+    assert len(blocks("python")) == 3
 
 
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
-def test_a_command_is_understood_and_its_recipe_is_valid(words: list[str]) -> None:
+def test_a_command_is_understood_and_its_recipe_is_valid(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("my_loss.py").write_text(blocks("python")[2], encoding="utf-8")
     name, given = parse(words)
     if name not in ("unlearn run", "unlearn plan"):
         return
@@ -151,10 +155,14 @@ def test_defaults_in_the_table_of_keys_are_those_of_the_schema() -> None:
 
 def test_methods_presets_and_short_names_are_those_that_ship() -> None:
     methods = section("Methods")
-    assert set(first_cells(methods)) - {"--set terms.retain.objective=kl"} == set(
+    table = methods.split("\n\n")[1]
+    assert set(first_cells(table)) - {"--set terms.retain.objective=kl"} == set(
         files.method_names()
     )
-    terms = {name for row in methods.splitlines() if row.startswith("|")
+    variants = re.findall(r"`objective=(\w+)`", methods)
+    assert len(variants) == 4
+    assert set(variants) <= set(OBJECTIVES)
+    terms = {name for row in table.splitlines() if row.startswith("|")
              for cell in row.split("|")[2:4] for name in re.findall(r"`(\w+)`", cell)}  # fmt: skip
     assert terms <= set(OBJECTIVES)
     recipes = first_cells(section("Recipes"))
@@ -219,6 +227,15 @@ def test_python_for_a_run_runs_and_the_run_folder_is_as_listed(
     places = {line.split()[0] for line in listed}
     written = {path.name + "/" * path.is_dir() for path in Path("runs/from-python").iterdir()}
     assert places == {name for name in written if not name.startswith(".")} | {"adapter/"}
+
+
+def test_the_loss_of_ones_own_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("my_loss.py").write_text(blocks("python")[2], encoding="utf-8")
+    (command,) = [words for words in COMMANDS if any("my_loss" in word for word in words)]
+    changes = parse(command)[1]["set_"]
+    term = files.load("npo", changes).terms[0]
+    assert (term.objective, term.hyper) == ("./my_loss.py:my_loss", {"ceiling": 4.0})
 
 
 def test_the_worked_example_of_contributing_works(monkeypatch: pytest.MonkeyPatch) -> None:
