@@ -1,5 +1,6 @@
 """The JSON Schema that gives editors completion and checks while a recipe is typed."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter
@@ -26,15 +27,23 @@ def schema_for_editors() -> dict[str, Any]:
 def _name_objectives(term: dict[str, Any]) -> None:
     """List the objectives, and allow each one's own hyperparameters only."""
     properties = term["properties"]
-    properties["objective"]["enum"] = sorted(OBJECTIVES)
+    own = {"pattern": r"\.py:\w+$", "description": "A loss of your own: FILE.py:FUNCTION."}
+    properties["objective"]["anyOf"] = [{"enum": sorted(OBJECTIVES)}, own]
     users: dict[str, list[str]] = {}
     for name, objective in OBJECTIVES.items():
         for hyper in objective.hyper:
             users.setdefault(hyper, []).append(name)
     for hyper, names in users.items():
         properties[hyper] = {"description": f"Hyperparameter of {', '.join(names)}."}
-    term["additionalProperties"] = False
+    shipped = {"properties": {"objective": {"enum": sorted(OBJECTIVES)}}}
     term["allOf"] = [
+        {"if": shipped, "then": {"propertyNames": {"enum": sorted(properties)}}},
+        *_own_hyperparameters(users),
+    ]
+
+
+def _own_hyperparameters(users: Mapping[str, Sequence[str]]) -> list[dict[str, Any]]:
+    return [
         {
             "if": {"properties": {"objective": {"const": name}}, "required": ["objective"]},
             "then": {"properties": {h: False for h in users if h not in objective.hyper}},

@@ -212,7 +212,8 @@ def largest_batch(prepared: Prepared, size: Footprint) -> Batch:
     reads = {term.reads for term in prepared.terms}
     hidden_only = {name for name, _ in reads} - {name for name, layer in reads if layer is None}
     scored = {name: stream for name, stream in chosen.items() if name not in hidden_only}
-    whole = {term.on for term in prepared.terms if term.objective.reads == "logits"}
+    reading = {(term.on, term.objective.reads) for term in prepared.terms}
+    whole = {name for name, what in reading if what in ("labelled", "logits")}
     passes: list[tuple[int, int | None]] = []
     if scored:
         passes.append((_tokens(size, list(scored.values())), None))
@@ -229,6 +230,8 @@ def largest_batch(prepared: Prepared, size: Footprint) -> Batch:
         ),
         full=tuple(
             len(chosen[name]) * max(len(row.input_ids) for row in chosen[name])
+            if (name, "logits") in reading
+            else sum(_labelled(row) for row in chosen[name])
             for name in sorted(whole)
         ),
         longest=max(len(row.input_ids) for stream in chosen.values() for row in stream),

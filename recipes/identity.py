@@ -2,8 +2,9 @@
 
 from typing import Any
 
+from unlearn.objectives import find
 from unlearn.recipes.prepare import Prepared
-from unlearn.recipes.schema import Recipe
+from unlearn.recipes.schema import Recipe, Term
 
 BOOKKEEPING = (
     "training.save_steps",
@@ -41,12 +42,21 @@ def training_identity(prepared: Prepared, weights_hash: str) -> dict[str, Any]:
     }
     found |= {
         "model weights": weights_hash[:16],
-        "terms": [term.model_dump(mode="json") for term in recipe.terms],
+        "terms": [_term(term) for term in recipe.terms],
         "seed": recipe.seed,
         "rows_per_step": prepared.rows_per_step,
     }
     found |= {f"{name} rows": one.sha256()[:16] for name, one in prepared.streams.items()}
     return found | _engine(recipe)
+
+
+def _term(term: Term) -> dict[str, Any]:
+    """Describe a term; a loss from a file counts by its name and content, not by its place."""
+    found = term.model_dump(mode="json")
+    objective = find(term.objective)
+    if objective.sha256:
+        found["objective"] = f"{objective.name} {objective.sha256[:16]}"
+    return found
 
 
 def _engine(recipe: Recipe) -> dict[str, Any]:

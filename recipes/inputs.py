@@ -15,7 +15,7 @@ from unlearn.data.sources import Source, load_rows
 from unlearn.errors import UserError
 from unlearn.recipes.files import find, overlay, read
 from unlearn.recipes.overrides import overridden
-from unlearn.recipes.schema import EvalsSection, Recipe
+from unlearn.recipes.schema import EvalsSection, Recipe, Term
 from unlearn.runs import RunFolder
 
 LARGEST_EARLY = 2**26
@@ -91,9 +91,16 @@ def absolute(recipe: Recipe) -> Recipe:
             "model": model.model_copy(update={k: _absolute(v) for k, v in paths.items()}),
             "data": data.model_copy(update={k: _absolute_spec(v) for k, v in specs.items()}),
             "evals": _absolute_evals(recipe.evals),
+            "terms": tuple(_absolute_term(term) for term in recipe.terms),
             "out": recipe.out and str(Path(recipe.out).absolute()),
         }
     )
+
+
+def _absolute_term(term: Term) -> Term:
+    file, mark, function = term.objective.rpartition(":")
+    found = _absolute(str(Path(file).expanduser())) if mark else None
+    return term.model_copy(update={"objective": f"{found}:{function}"}) if found else term
 
 
 def _absolute_evals(evals: EvalsSection) -> EvalsSection:

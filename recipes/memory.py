@@ -47,7 +47,7 @@ class Batch:
 
     ``passes`` are its forward passes with gradient: tokens, and the layer where they end (None:
     none before the head). ``scored`` are the labelled tokens of each stream, ``full`` the positions
-    of each stream whose logits are kept whole.
+    of each stream whose whole distributions are kept.
     """
 
     passes: tuple[tuple[int, int | None], ...]
@@ -186,7 +186,7 @@ def _why(size: Footprint, batch: Batch, how: Training) -> dict[str, str]:
         "fp32 copy": f"what DeepSpeed updates{states}",
         "optimizer": f"{how.optimizer}: {how.states} per parameter{states}",
         "activations": batch.text + (", checkpointed" if how.checkpointing else ""),
-        "head": "whole logits: a term reads them" if batch.full else "logits in chunks",
+        "head": "whole distributions: a term reads them" if batch.full else "logits in chunks",
         "reference": REFERENCES[how.reference],
         "buffers": BUFFERS.get(how.engine, BUFFERS["zero3"]),
         "update": "while the optimiser steps",

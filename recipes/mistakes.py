@@ -219,18 +219,26 @@ def _objectives(tree: Tree) -> Iterator[Mistake]:
     terms = tree.get("terms")
     if not isinstance(terms, list):
         return
-    from unlearn.objectives import OBJECTIVES, check_hyper  # noqa: PLC0415 - imports torch
+    from unlearn.objectives import OBJECTIVES, check_hyper, find  # noqa: PLC0415 - imports torch
+    from unlearn.objectives.user import is_user_loss  # noqa: PLC0415
 
     for index, term in enumerate(terms):
         name = term.get("objective") if isinstance(term, dict) else None
-        if isinstance(name, str) and name not in OBJECTIVES:
+        if isinstance(name, str) and is_user_loss(name):
+            try:
+                find(name)
+            except UserError as error:
+                yield Mistake(("terms", index, "objective"), str(error))
+                continue
+        elif isinstance(name, str) and name not in OBJECTIVES:
             close = did_you_mean(name, OBJECTIVES)
             message = f"{name!r} given; must be {_one_of(sorted(OBJECTIVES))}{close}"
             yield Mistake(("terms", index, "objective"), message)
-        elif isinstance(name, str):
+            continue
+        if isinstance(name, str):
             extras = {key: value for key, value in term.items() if key not in Term.model_fields}
             for key, value in extras.items():
-                misspelt = key not in OBJECTIVES[name].hyper and _closest(key, Term.model_fields)
+                misspelt = key not in find(name).hyper and _closest(key, Term.model_fields)
                 meant = [f"unknown key; did you mean 'terms.{index}.{misspelt}'?"]
                 for why in meant if misspelt else check_hyper(name, {key: value}):
                     yield Mistake(("terms", index, key), why)

@@ -9,8 +9,9 @@ from typing import Any
 from unlearn import models
 from unlearn.data import Example, Template, encode, load_rows, pad_token_id
 from unlearn.engines import Engine
+from unlearn.errors import UserError
 from unlearn.evals.forget_retain import Split
-from unlearn.objectives import OBJECTIVES
+from unlearn.objectives import find
 from unlearn.recipes.benchmarks import Measures, find_measures
 from unlearn.recipes.schema import Recipe
 from unlearn.training import Term
@@ -26,7 +27,7 @@ class Stream:
 
     def sha256(self) -> str:
         """Hash the tokenised rows: what the model is actually trained on."""
-        tokens = json.dumps([[example.input_ids, example.labels] for example in self.examples])
+        tokens = json.dumps([one.hashed() for one in self.examples])
         return hashlib.sha256(tokens.encode()).hexdigest()
 
     def provenance(self) -> dict[str, Any]:
@@ -53,7 +54,7 @@ class Prepared:
     def terms(self) -> list[Term]:
         """The recipe's terms with their objectives looked up."""
         return [
-            Term(OBJECTIVES[term.objective], term.on, term.weight, term.hyper)
+            Term(find(term.objective), term.on, term.weight, term.hyper)
             for term in self.recipe.terms
         ]
 
@@ -107,6 +108,7 @@ def prepare(recipe: Recipe, *, offline: bool = False) -> Prepared:
     measures = find_measures(recipe, splits, template, offline=offline)
     prepared = Prepared(recipe, source, tokenizer, template, streams, measures)
     _check_vocabularies(prepared)
+    _check_terms(prepared)
     return prepared
 
 
@@ -123,6 +125,27 @@ def _check_vocabularies(prepared: Prepared) -> None:
     if prepared.recipe.model.retain_model:
         retain = sibling(prepared.source, prepared.recipe.model.retain_model)
         models.check_same_tokenizer(prepared.tokenizer, retain, used)
+
+
+def _check_terms(prepared: Prepared) -> None:
+    """Refuse terms that ask for what the rows or the batches do not give."""
+    recipe = prepared.recipe
+    split = recipe.accumulation * recipe.launch.processes
+    for term in prepared.terms:
+        name, objective = term.objective.name, term.objective
+        marked = any(row.important is not None for row in prepared.streams[term.on].examples)
+        if objective.annotated and not marked:
+            raise UserError(
+                f"'{name}' needs to know which tokens are important, but the rows of "
+                f"'{prepared.streams[term.on].source}' have no column 'important'",
+                "add it: a list of passages of the answer, word by word; or --map important=COLUMN",
+            )
+        if objective.couples_rows({**objective.hyper, **term.hyper}) and split > 1:
+            raise UserError(
+                f"'{name}' weighs a whole batch at once, but a step has {split} forward passes",
+                "set training.gradient_accumulation_steps=1 and one process, or another "
+                "granularity",
+            )
 
 
 def model_source(recipe: Recipe, *, offline: bool = False) -> models.ModelSource:

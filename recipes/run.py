@@ -137,7 +137,15 @@ def _manifest(prepared: Prepared) -> dict[str, Any]:
         "versions": versions(),
         "template": prepared.template.fingerprint(),
         **{name: stream.provenance() for name, stream in prepared.streams.items()},
+        **_own_losses(prepared),
     }
+
+
+def _own_losses(prepared: Prepared) -> dict[str, Any]:
+    """Name the files that losses come from, with their hashes; nothing when there are none."""
+    terms = zip(prepared.recipe.terms, prepared.terms, strict=True)
+    found = {one.objective: term.objective.sha256 for one, term in terms if term.objective.sha256}
+    return {"losses": found} if found else {}
 
 
 def _now() -> str:

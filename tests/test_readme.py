@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 import torch
 import typer
+from pydantic import PositiveFloat
 
 from unlearn.cli import detect, entry, main
 from unlearn.cli.data import columns_of
 from unlearn.data.people import demo_folder
 from unlearn.evals.forget_retain import MEASURES
 from unlearn.evals.report.table import MEASURES as TOFU_MEASURES
-from unlearn.objectives import OBJECTIVES, Objective, batch_loss, sequence
+from unlearn.objectives import OBJECTIVES, Objective, batch_loss, token
 from unlearn.recipes import files
 from unlearn.recipes.mistakes import find_mistakes
 from unlearn.recipes.overrides import ALIASES, locate
@@ -78,11 +79,15 @@ def options(command: Any) -> Iterator[str]:
 
 def test_there_is_something_to_check() -> None:
     assert len(COMMANDS) > 10
-    assert len(blocks("python")) == 2
+    assert len(blocks("python")) == 3
 
 
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
-def test_a_command_is_understood_and_its_recipe_is_valid(words: list[str]) -> None:
+def test_a_command_is_understood_and_its_recipe_is_valid(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("my_loss.py").write_text(blocks("python")[2], encoding="utf-8")
     name, given = parse(words)
     if name not in ("unlearn run", "unlearn plan"):
         return
@@ -150,10 +155,14 @@ def test_defaults_in_the_table_of_keys_are_those_of_the_schema() -> None:
 
 def test_methods_presets_and_short_names_are_those_that_ship() -> None:
     methods = section("Methods")
-    assert set(first_cells(methods)) - {"--set terms.retain.objective=kl"} == set(
+    table = methods.split("\n\n")[1]
+    assert set(first_cells(table)) - {"--set terms.retain.objective=kl"} == set(
         files.method_names()
     )
-    terms = {name for row in methods.splitlines() if row.startswith("|")
+    variants = re.findall(r"`objective=(\w+)`", methods)
+    assert len(variants) == 4
+    assert set(variants) <= set(OBJECTIVES)
+    terms = {name for row in table.splitlines() if row.startswith("|")
              for cell in row.split("|")[2:4] for name in re.findall(r"`(\w+)`", cell)}  # fmt: skip
     assert terms <= set(OBJECTIVES)
     recipes = first_cells(section("Recipes"))
@@ -220,18 +229,30 @@ def test_python_for_a_run_runs_and_the_run_folder_is_as_listed(
     assert places == {name for name in written if not name.startswith(".")} | {"adapter/"}
 
 
+def test_the_loss_of_ones_own_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("my_loss.py").write_text(blocks("python")[2], encoding="utf-8")
+    (command,) = [words for words in COMMANDS if any("my_loss" in word for word in words)]
+    changes = parse(command)[1]["set_"]
+    term = files.load("npo", changes).terms[0]
+    assert (term.objective, term.hyper) == ("./my_loss.py:my_loss", {"ceiling": 4.0})
+
+
 def test_the_worked_example_of_contributing_works(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its function, table row, recipe and test, without touching a file."""
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     function, imported, row, check, *_ = blocks("python", text)
+    table = (ROOT / "unlearn" / "objectives" / "__init__.py").read_text(encoding="utf-8")
+    table = table.replace(", wga, tnpo, wtnpo, ga_sampled", "")
     for block in (imported, row):
-        assert "npo, simnpo" in block
-        assert block.replace("npo, simnpo", "npo", 1).count("simnpo") == 0
-    names = dict(vars(sequence))
+        assert block.count("clipped_ascent") == 1
+        without = block.replace("clipped_ascent, ", "").strip().removeprefix("(").removesuffix(",)")
+        assert without in table
+    names = vars(token) | {"PositiveFloat": PositiveFloat}
     exec(function, names)
-    monkeypatch.setitem(OBJECTIVES, "simnpo", Objective(names["simnpo"], "sequence"))
-    assert not OBJECTIVES["simnpo"].uses_reference
-    assert find_mistakes(parse_tree(*blocks("yaml", text), "simnpo.yaml")) == []
+    monkeypatch.setitem(OBJECTIVES, "clipped_ascent", Objective(names["clipped_ascent"], "token"))
+    assert not OBJECTIVES["clipped_ascent"].uses_reference
+    assert find_mistakes(parse_tree(*blocks("yaml", text), "clipped_ascent.yaml")) == []
 
     def value(name: str, logits: Any, other: Any, labels: Any, **hyper: Any) -> Any:
         return batch_loss(name, Scores.from_logits(logits, labels), **hyper)

@@ -25,6 +25,28 @@ NPO = (Term(OBJECTIVES["npo"], "forget", 1.0, {"beta": 0.1}), Term(OBJECTIVES["n
 KL = (Term(OBJECTIVES["grad_ascent"], "forget", 0.5), Term(OBJECTIVES["kl"], "retain", 2.0))
 
 
+ODD = (
+    Term(OBJECTIVES["pdu"], "forget"),
+    Term(OBJECTIVES["pdu_retain"], "retain", 1.0, {
+        "multiplier": 2.0, "step_size": 3.0, "epsilon": 4.0, "warmup_epochs": 0.0}),
+)  # fmt: skip
+FAMILY = {
+    "npo+nll": NPO,
+    "ascent+kl": KL,
+    "pdu": ODD,
+    "undial+npo": (Term(OBJECTIVES["undial"], "forget"), Term(OBJECTIVES["npo"], "forget")),
+    "ceu+satimp": (
+        Term(OBJECTIVES["ceu"], "forget"),
+        Term(OBJECTIVES["satimp"], "forget", 1.0, {"granularity": "instance", "beta1": 0.01}),
+    ),
+    "sampled": (
+        Term(OBJECTIVES["ga_sampled"], "forget", 1.0, {"sampling": "random", "fraction": 0.4}),
+        Term(OBJECTIVES["undial_all_positions"], "retain"),
+    ),
+    "groups": (Term(OBJECTIVES["simimp"], "forget", 1.0, {"granularity": "group"}),),
+}
+
+
 def examples(count: int, seed: int) -> list[Example]:
     generator = torch.Generator().manual_seed(seed)
     found = []
@@ -84,14 +106,14 @@ def make(build_tiny_model: Any) -> Any:
     return lambda **changes: build_tiny_model(**changes).double()
 
 
-@pytest.mark.parametrize("terms", [NPO, KL], ids=["npo+nll", "ascent+kl"])
+@pytest.mark.parametrize("terms", FAMILY.values(), ids=list(FAMILY))
 def test_accumulation_changes_nothing(terms: Any, make: Any, tmp_path: Path) -> None:
     """1 row x 8 accumulated = 8 rows x 1: rows differ in length, so a mean of means would fail."""
     found = []
     for batch, accumulate in ((8, 1), (1, 8), (4, 2)):
         model = make()
         start = weights(model)
-        live = LiveReference.of(model) if terms is KL else None
+        live = LiveReference.of(model) if terms is not NPO else None
         stored = stored_reference(model) if terms is NPO else None
         trainer_for(
             model, tmp_path, terms=terms, stored=stored, live=live,
@@ -173,6 +195,66 @@ def test_resumed_equals_uninterrupted(stop_after: int, make: Any, tmp_path: Path
     fresh = make(seed=9)
     trainer_for(fresh, tmp_path / "part", stored=stored).train(resume_from_checkpoint=str(folder))
     assert_same(weights(whole), weights(fresh))
+
+
+def curve(trainer: Any) -> list[dict[str, Any]]:
+    events: list[dict[str, Any]] = []
+    trainer.add_callback(StepEvents(events.append, trainer.summary))
+    trainer.train()
+    return events
+
+
+def test_a_multiplier_moves_once_per_step_with_the_steps_mean(make: Any, tmp_path: Path) -> None:
+    """Each step it grows by 3 (retain NLL - 4); steps see the one from before."""
+    for batch, accumulate in ((8, 1), (1, 8)):
+        steps = curve(trainer_for(
+            make(), tmp_path, terms=ODD, per_device_train_batch_size=batch,
+            gradient_accumulation_steps=accumulate,
+        ))  # fmt: skip
+        expected = 2.0
+        assert len(steps) == 4
+        for step in steps:
+            assert step["pdu_retain.multiplier"] == pytest.approx(expected)
+            assert step["retain/pdu_retain"] == pytest.approx(expected * step["retain/nll"])
+            expected = max(0.0, expected + 3.0 * (step["retain/nll"] - 4.0))
+        assert expected > 5  # about ln 300 - 4 = 1.7 per step, times 3
+
+
+def test_a_bound_is_taken_from_the_first_step(make: Any, tmp_path: Path) -> None:
+    terms = (ODD[0], Term(OBJECTIVES["pdu_retain"], "retain", 1.0, {"warmup_epochs": 1.0}))
+    steps = curve(trainer_for(make(), tmp_path, terms=terms))
+    bound = 1.1 * steps[0]["retain/nll"]
+    assert [step.get("pdu_retain.bound") for step in steps] == [None, *[pytest.approx(bound)] * 3]
+    assert [step["pdu_retain.multiplier"] for step in steps[:3]] == [100.0] * 3
+    moved = 100.0 + 5.0 * (steps[2]["retain/nll"] - bound)
+    assert steps[3]["pdu_retain.multiplier"] == pytest.approx(moved)
+
+
+@pytest.mark.parametrize("stop_after", [1, 3])
+def test_a_resumed_multiplier_equals_an_uninterrupted_one(
+    stop_after: int, make: Any, tmp_path: Path
+) -> None:
+    """The bound comes from the first step, so a resumed run could not find it by itself."""
+    terms = (ODD[0], Term(OBJECTIVES["pdu_retain"], "retain", 0.1, {"warmup_epochs": 0.5}))
+    whole = make()
+    steps = curve(trainer_for(whole, tmp_path / "whole", terms=terms))
+    stop = StopRequest()
+    stopped = trainer_for(make(), tmp_path / "part", terms=terms)
+    stopped.add_callback(
+        StepEvents(lambda e: setattr(stop, "requested", e["step"] >= stop_after), dict)
+    )
+    stopped.add_callback(stop)
+    stopped.train()
+    name, _ = checkpoints.choose(tmp_path / "part")
+    fresh = make(seed=9)
+    trainer = trainer_for(fresh, tmp_path / "part", terms=terms)
+    events: list[dict[str, Any]] = []
+    trainer.add_callback(StepEvents(events.append, trainer.summary))
+    trainer.train(resume_from_checkpoint=str(tmp_path / "part" / str(name)))
+    assert_same(weights(whole), weights(fresh))
+    for step, resumed in zip(steps[stop_after:], events, strict=True):
+        assert resumed["pdu_retain.multiplier"] == pytest.approx(step["pdu_retain.multiplier"])
+        assert resumed["pdu_retain.bound"] == pytest.approx(step["pdu_retain.bound"])
 
 
 def test_readings_are_step_means(make: Any, tmp_path: Path) -> None:

@@ -113,15 +113,15 @@ class VocabularyHead:
     def _chunk(self, hidden: Tensor, targets: Tensor, want: Collection[str]) -> dict[str, Tensor]:
         logits = self.logits(hidden)
         if logits.requires_grad:
-            return _read(logits, targets, want)
+            return read_logits(logits, targets, want)
         on_cpu = logits.device.type == "cpu"
         rows = max(1, CPU_PIECE_BYTES // (4 * self.vocabulary)) if on_cpu else max(1, len(logits))
         pieces = zip(logits.split(rows), targets.split(rows), strict=True)
-        parts = [_read(*piece, want) for piece in pieces]
+        parts = [read_logits(*piece, want) for piece in pieces]
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
-def _read(logits: Tensor, targets: Tensor, want: Collection[str]) -> dict[str, Tensor]:
+def read_logits(logits: Tensor, targets: Tensor, want: Collection[str]) -> dict[str, Tensor]:
     """Read one target per row of logits; see :meth:`VocabularyHead.read`."""
     log_probs = logits.log_softmax(-1)
     found = {"log_probs": log_probs.gather(-1, targets[:, None])[:, 0]}

@@ -20,6 +20,7 @@ from unlearn.head import (
     TokenReadings,
     VocabularyHead,
     plain,
+    read_logits,
     same_log_probs,
     upcast,
     vocabulary_statistics,
@@ -42,9 +43,14 @@ class Scores:
 
     ``log_probs[i, t]`` is log p(token t+1 | tokens 0..t) in nats, in fp32 (fp64 for fp64 models),
     and 0 where ``mask`` is false. ``attended`` marks real (not padding) positions. The rest is
-    there only when asked for: ``logits``; ``correct`` (the label is the likeliest token); ``mean``
-    and ``variance`` of the log-probability of a token drawn from the model itself (``statistics``,
-    without gradient, 0 where not labelled).
+    there only when asked for: ``logits``, or ``labelled`` (the logits at labelled positions alone,
+    row by row; :attr:`distributions` gives them from either); ``correct`` (the label is the
+    likeliest token); ``mean`` and ``variance`` of the log-probability of a token drawn from the
+    model itself (``statistics``, without gradient, 0 where not labelled).
+
+    What the rows themselves say travels along: ``next_tokens[i, t]`` is token t+1 (-100 where there
+    is none, or where only labels were given and it is not labelled), and ``important`` marks
+    labelled tokens that the data's ``important`` column names (None: no such column).
     """
 
     log_probs: Float[Tensor, "batch seq"]
@@ -54,6 +60,9 @@ class Scores:
     correct: Bool[Tensor, "batch seq"] | None = None
     mean: Float[Tensor, "batch seq"] | None = None
     variance: Float[Tensor, "batch seq"] | None = None
+    labelled: Float[Tensor, "label vocab"] | None = None
+    next_tokens: Int[Tensor, "batch seq"] | None = None
+    important: Bool[Tensor, "batch seq"] | None = None
 
     @classmethod
     def from_logits(
@@ -72,7 +81,7 @@ class Scores:
         log_probs = pad(chosen, (0, 1)).masked_fill(~mask, 0.0)
         hits = pad(logits[:, :-1].argmax(-1) == targets, (0, 1)) & mask
         attended = torch.ones_like(mask) if attention_mask is None else attention_mask.bool()
-        scores = cls(log_probs, mask, attended, logits, hits)
+        scores = cls(log_probs, mask, attended, logits, hits, next_tokens=_shifted(labels))
         if not statistics:
             return scores
         mean, variance = vocabulary_statistics(logits.detach())
@@ -87,7 +96,8 @@ class Scores:
         cls, log_probs: Float[Tensor, "batch seq"], batch: Mapping[str, Tensor]
     ) -> "Scores":
         """Build scores from stored token log-probs, for instance those of a cached reference."""
-        return cls(log_probs, label_mask(batch["labels"]), batch["attention_mask"].bool())
+        mask, attended = label_mask(batch["labels"]), batch["attention_mask"].bool()
+        return cls(log_probs, mask, attended, **_of_rows(batch))
 
     @property
     def sequence(self) -> Float[Tensor, " batch"]:
@@ -99,9 +109,21 @@ class Scores:
         """Give the number of labelled tokens of each row."""
         return self.mask.sum(-1)
 
+    @property
+    def distributions(self) -> Float[Tensor, "label vocab"]:
+        """Give the logits at labelled positions, row by row; they must have been asked for."""
+        if self.labelled is not None:
+            return self.labelled
+        assert self.logits is not None
+        return self.logits[self.mask]
+
+    def laid_out(self, values: Float[Tensor, " label"]) -> Float[Tensor, "batch seq"]:
+        """Put one value per labelled position in its place; 0 elsewhere."""
+        return values.new_zeros(self.mask.shape).masked_scatter(self.mask, values)
+
     def detach(self) -> "Scores":
         """Give the same scores without gradient and without logits."""
-        return replace(self, log_probs=self.log_probs.detach(), logits=None)
+        return replace(self, log_probs=self.log_probs.detach(), logits=None, labelled=None)
 
 
 @dataclass(frozen=True)
@@ -133,7 +155,11 @@ class Scorer:
     def __call__(
         self, model: Any, batch: Mapping[str, Tensor], *, want: Collection[str] = ()
     ) -> Scores:
-        """Score one right-padded batch; ``want``: ``logits``, ``correct``, ``statistics``."""
+        """Score one right-padded batch.
+
+        ``want``: ``logits``, ``labelled`` (logits at labelled positions), ``correct``,
+        ``statistics``.
+        """
         return self.streams(model, {"": batch}, want={"": want})[""]
 
     def streams(
@@ -199,7 +225,11 @@ def _read(
     if "logits" in want:
         return {"logits": head.logits(hidden)}
     mask = label_mask(labels)
-    return _said(head.read(hidden[mask], labels.roll(-1, 1)[mask], want=want))
+    targets = labels.roll(-1, 1)[mask]
+    if "labelled" in want:
+        logits = head.logits(hidden[mask])
+        return read_logits(logits, targets, want) | {"labelled": logits}
+    return _said(head.read(hidden[mask], targets, want=want))
 
 
 def _said(readings: TokenReadings) -> dict[str, Tensor]:
@@ -213,13 +243,31 @@ def _laid_out(
     if "logits" in found:
         statistics = "statistics" in want
         full = Scores.from_logits(found["logits"], labels, attention, statistics=statistics)
+        full = replace(full, **_of_rows(batch))
+        if "labelled" in want:
+            full = replace(full, labelled=full.distributions)
         return full if "logits" in want else replace(full, logits=None)
     mask = label_mask(labels)
     columns = {
         name: torch.zeros_like(mask, dtype=values.dtype).masked_scatter(mask, values)
         for name, values in found.items()
+        if name != "labelled"
     }
-    return Scores(mask=mask, attended=attention.bool(), **columns)
+    kept = {name: found[name] for name in ("labelled",) if name in found}
+    return Scores(mask=mask, attended=attention.bool(), **columns, **kept, **_of_rows(batch))
+
+
+def _of_rows(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Give what the rows themselves say, laid out by predicting position."""
+    real = batch["attention_mask"].bool()
+    found = {"next_tokens": _shifted(batch["input_ids"].masked_fill(~real, IGNORE))}
+    if "important" in batch:
+        found["important"] = pad(batch["important"][:, 1:], (0, 1)) & label_mask(batch["labels"])
+    return found
+
+
+def _shifted(tokens: Int[Tensor, "batch seq"]) -> Int[Tensor, "batch seq"]:
+    return pad(tokens[:, 1:], (0, 1), value=IGNORE)
 
 
 def join_streams(tensors: list[Tensor], fill: int) -> tuple[Tensor, list[int]]:

@@ -5,23 +5,26 @@ all micro-batches and on all ranks before the first forward pass and divides onc
 gradient accumulation nor the number of ranks changes the step.
 """
 
+import math
 import os
 import shutil
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_callback import ExportableState
 
 from unlearn import checkpoints
 from unlearn.activations import read_layer
 from unlearn.data.collate import EpochSampler
 from unlearn.monitors import require_finite_gradients
 from unlearn.objectives import Objective, Said
+from unlearn.objectives.dual import Stateful, StepMeans
 from unlearn.ranks import Ranks
 from unlearn.reference import LiveReference
 from unlearn.scores import Scorer, Scores
@@ -74,6 +77,7 @@ class UnlearningTrainer(Trainer):
     ) -> None:
         super().__init__(**arguments)
         self.terms = tuple(terms)
+        self.losses = [term.objective.bound(term.hyper) for term in self.terms]
         self.scorer = scorer
         self.live = live
         self.keep_checkpoints = keep_checkpoints
@@ -86,8 +90,10 @@ class UnlearningTrainer(Trainer):
         self._staging: Path | None = None
         self._want: dict[str, set[str]] = defaultdict(set)
         for term in self.terms:
-            if term.objective.reads == "logits":
-                self._want[term.on].add("logits")
+            if term.objective.reads in ("labelled", "logits"):
+                self._want[term.on].add(term.objective.reads)
+        if any(isinstance(loss, Stateful) for loss in self.losses):
+            self.add_callback(Memory(self))
 
     # Data order
 
@@ -106,7 +112,8 @@ class UnlearningTrainer(Trainer):
     def _count(self, batches: Sequence[Mapping[str, Batch]]) -> dict[str, Tensor]:
         counts: dict[str, Tensor] = {}
         for term in self.terms:
-            counts[term.label] = _total(term.objective.count(batch[term.on]) for batch in batches)
+            counted = (term.objective.count(batch[term.on], term.hyper) for batch in batches)
+            counts[term.label] = _total(counted)
         for stream in batches[0] if batches else ():
             labels = (batch[stream]["labels"][:, 1:] for batch in batches)
             counts[stream] = _total((part != -100).sum() for part in labels)
@@ -130,7 +137,31 @@ class UnlearningTrainer(Trainer):
         All processes must ask.
         """
         readings = {name: float(value) for name, value in self._over_ranks(self.readings).items()}
-        return readings | {"grad_norm": self.grad_norm}
+        states = {
+            f"{term.objective.name}.{key}": value
+            for term, loss in self._stateful()
+            for key, value in loss.state_dict().items()
+            if value is not None
+        }
+        return readings | states | {"grad_norm": self.grad_norm}
+
+    def tell_losses(self) -> None:
+        """Let losses with a state see the means of the step that was just taken.
+
+        All processes must ask: the means are those of the whole step, so states stay equal.
+        """
+        means = {name: float(value) for name, value in self._over_ranks(self.readings).items()}
+        rows = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
+        per_epoch = -(-len(self.train_dataset) // (rows * self.accelerator.num_processes))
+        epoch = self.state.global_step / per_epoch
+        for term, loss in self._stateful():
+            nll = means.get(f"{term.on}/nll", math.nan)
+            loss.after_step(StepMeans(means[term.label], nll, epoch))
+
+    def _stateful(self) -> Iterator[tuple[Term, Stateful]]:
+        for term, loss in zip(self.terms, self.losses, strict=True):
+            if isinstance(loss, Stateful):
+                yield term, loss
 
     # Loss
 
@@ -143,9 +174,9 @@ class UnlearningTrainer(Trainer):
             reference = self._reference(model, inputs)  # first: an engine's last pass is the one
             policy = self._policy(model, inputs)  # that it goes back through
             parts = []
-            for term in self.terms:
+            for term, loss in zip(self.terms, self.losses, strict=True):
                 said = policy[term.reads], reference.get(term.reads)
-                part = term.objective(*said, **term.hyper).sum() / counts[term.label]
+                part = term.objective.apply(loss, *said).sum() / counts[term.label].clamp_min(1)
                 self._read(term.label, part)
                 parts.append(term.weight * part)
         for (stream, _), scores in policy.items():
@@ -191,9 +222,14 @@ class UnlearningTrainer(Trainer):
     def _reference(self, model: Any, inputs: Mapping[str, Batch]) -> dict[Reads, Said]:
         found: dict[Reads, Said] = {}
         asked: dict[int | None, dict[str, Batch]] = defaultdict(dict)
+        asked_whole = {
+            term.on
+            for term in self.terms
+            if term.objective.uses_reference and term.objective.reads in ("labelled", "logits")
+        }
         for stream, layer in {term.reads for term in self.terms if term.objective.uses_reference}:
             batch = inputs[stream]
-            stored = "reference_log_probs" in batch and "logits" not in self._want[stream]
+            stored = "reference_log_probs" in batch and stream not in asked_whole
             if layer is None and stored:
                 scores = Scores.from_log_probs(batch["reference_log_probs"], batch)
                 found[stream, None] = scores
@@ -247,6 +283,29 @@ class UnlearningTrainer(Trainer):
         (self._staging / "training_args.bin").unlink(missing_ok=True)  # a pickle nothing reads
         checkpoints.seal(self._staging, folder, self.identity)
         checkpoints.prune(folder.parent, self.keep_checkpoints, best=self.best_step())
+
+
+class Memory(TrainerCallback, ExportableState):
+    """Tells losses with a state about every step, and keeps their states in the checkpoints."""
+
+    def __init__(self, trainer: UnlearningTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Take the states from the checkpoint that is resumed (or those that there are)."""
+        stored = state.stateful_callbacks[type(self).__name__]["attributes"]["states"]
+        for loss, kept in zip(self.trainer.losses, stored, strict=True):
+            if isinstance(loss, Stateful):
+                loss.load_state_dict(kept)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.tell_losses()
+
+    def state(self) -> dict[str, Any]:
+        """Give the state of every loss, in the order of the terms; None for those without."""
+        losses = self.trainer.losses
+        states = [loss.state_dict() if isinstance(loss, Stateful) else None for loss in losses]
+        return {"args": {}, "attributes": {"states": states}}
 
 
 def _total(parts: Any) -> Tensor:

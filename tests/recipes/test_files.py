@@ -164,7 +164,7 @@ def test_every_mistake_is_reported_at_once_with_its_line(tmp_path):
     path = write(tmp_path, BAD)
     with pytest.raises(RecipeError) as caught:
         files.load(path, ["foo", "gamma=1", "training.save_steps=0", "model.retain_modl=x"])
-    objectives = "embed_diff, grad_ascent, kl, kl_all_positions"
+    objectives = "ceu, embed_diff, ga_annotated, ga_sampled, grad_ascent, kl, kl_all_positions"
     head, *lines = caught.value.message.splitlines()
     assert head == f"{path}: {len(lines)} mistakes"
     expected = [

@@ -196,6 +196,7 @@ def test_the_json_schema_accepts_every_shipped_recipe():
         {"training": {"report_to": "none"}},
         {"terms": [{"objective": "npoo", "on": "forget"}]},
         {"terms": [{"objective": "nll", "on": "forget", "beta": 1}]},
+        {"terms": [{"objective": "nll", "on": "forget", "wieght": 1}]},
         {"model": {"dtype": "fp16"}},
     ],
 )
@@ -250,6 +251,8 @@ def problems(root: dict, schema: Any, value: Any):
 def value_problems(schema: dict, value: Any):
     if "enum" in schema and value not in schema["enum"]:
         yield f"{value!r} not in {schema['enum']}"
+    if "pattern" in schema and not re.search(schema["pattern"], value):
+        yield f"{value!r} does not match {schema['pattern']}"
     if "const" in schema and value != schema["const"]:
         yield f"{value!r} is not {schema['const']!r}"
     if "exclusiveMinimum" in schema and value <= schema["exclusiveMinimum"]:
@@ -271,5 +274,6 @@ def keys_problems(root: dict, schema: dict, value: dict):
     properties = schema.get("properties", {})
     yield from (f"no {name}" for name in schema.get("required", []) if name not in value)
     for name, item in value.items():
+        yield from problems(root, schema.get("propertyNames", {}), name)
         other = schema.get("additionalProperties", {})
         yield from problems(root, properties.get(name, other), item)

@@ -61,7 +61,7 @@ class Item:
     index: int
 
 
-NOTHING = Example(input_ids=[0], labels=[IGNORE], prompt_length=1, row=EMPTY)
+NOTHING = Example(input_ids=[0], labels=[IGNORE], prompt_length=1, row=EMPTY, important=(False,))
 """The empty row: one token that is not attended to and predicts nothing."""
 
 
@@ -136,6 +136,11 @@ class Collator:
         batch = pad([item.example for item in items], self.pad_id)
         batch["index"] = torch.tensor([item.index for item in items])
         batch["attention_mask"][batch["index"] == EMPTY] = 0
+        marks = [item.example.important for item in items]
+        if any(mark is not None for mark in marks):
+            batch["important"] = torch.zeros_like(batch["labels"], dtype=torch.bool)
+            for place, mark in enumerate(marks):
+                batch["important"][place, : len(mark or ())] = torch.tensor(mark or ())
         if name in self.reference:
             stored = self.reference[name]
             padded = torch.zeros(batch["input_ids"].shape, dtype=stored[0].dtype)

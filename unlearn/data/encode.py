@@ -7,9 +7,15 @@ tokenizer that pads with EOS loses nothing.
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from unlearn.data.annotations import (
+    character_spans,
+    has_annotations,
+    mark_tokens,
+    token_offsets,
+)
 from unlearn.data.rows import COLUMNS, Kind, row_kind
 from unlearn.data.templates import Rendered, Template, tokenize
 from unlearn.errors import UserError
@@ -24,7 +30,8 @@ class Example:
 
     ``labels`` are unshifted: ``labels[t]`` is ``input_ids[t]`` or -100. ``prompt_length`` counts
     the tokens before the first labelled one, ``row`` is the index of the row it came from, ``cut``
-    counts the tokens dropped from the right to fit ``max_length``.
+    counts the tokens dropped from the right to fit ``max_length``. ``important`` marks labelled
+    tokens that the row's column ``important`` names; None when no row has one.
     """
 
     input_ids: list[int]
@@ -32,6 +39,12 @@ class Example:
     prompt_length: int
     row: int
     cut: int = 0
+    important: tuple[bool, ...] | None = None
+
+    def hashed(self) -> list[Any]:
+        """Give all that a training may depend on, as JSON values."""
+        marks = [] if self.important is None else [self.important]
+        return [self.input_ids, self.labels, *marks]
 
 
 def encode(
@@ -65,7 +78,27 @@ def encode(
     if poor:
         raise _without_answer(poor, examples, len(rows), source, max_length)
     check_labels(examples, kind)
+    if kind != "text" and has_annotations(rows):
+        return list(_annotated(examples, rows, rendered, tokenizer, source))
     return examples
+
+
+def _annotated(
+    examples: Sequence[Example],
+    rows: Sequence[Mapping[str, Any]],
+    rendered: Sequence[Rendered],
+    tokenizer: Any,
+    source: str,
+) -> Iterator[Example]:
+    """Mark the tokens that the rows name as important."""
+    front = len(tokenize(tokenizer, [""], adds_special=rendered[0].adds_special)[0])
+    for example, row, one in zip(examples, rows, rendered, strict=True):
+        with _blaming(example.row, source):
+            spans = character_spans(row, one)
+            offsets = token_offsets(tokenizer, one, front) if spans else []
+            labelled = [label != IGNORE for label in example.labels]
+            marks = mark_tokens(spans, offsets, labelled, cut=example.cut > 0)
+        yield replace(example, important=tuple(marks))
 
 
 def check_labels(examples: Sequence[Example], kind: Kind) -> None:

@@ -14,7 +14,13 @@ COLUMNS: dict[Kind, tuple[str, ...]] = {
     "messages": ("messages",),
     "text": ("text",),
 }
-OPTIONAL = ("paraphrased_question", "paraphrased_answer", "perturbed_answer", "alternate")
+OPTIONAL = (
+    "paraphrased_question",
+    "paraphrased_answer",
+    "perturbed_answer",
+    "alternate",
+    "important",
+)
 ROLES = ("system", "user", "assistant", "tool")
 NEEDED = "rows need question and answer, prompt and completion, messages, or text"
 

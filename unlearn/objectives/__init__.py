@@ -1,36 +1,62 @@
 """The objectives, in one table. An objective never averages: the trainer divides.
 
-To add one: write the function in ``token.py``, ``sequence.py``, ``distribution.py`` or
-``hidden.py`` and name it in the table below. Its signature says the rest: a ``reference`` parameter
-asks for the frozen starting model, keyword-only parameters are hyperparameters.
+To add one: write the function in the file of its kind (``token.py``, ``sequence.py``,
+``labelled.py``, …) and name it in the table below. Its signature says the rest: a ``reference``
+parameter asks for the frozen starting model, keyword-only parameters are hyperparameters. One that
+remembers something between steps is a dataclass with ``__call__``, see ``dual.py``. A loss of your
+own needs no table: its name is ``FILE.py:FUNCTION``, see ``user.py``.
 """
 
-import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_type_hints
+from functools import partial
+from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from unlearn.activations import Activations
 from unlearn.errors import UserError, did_you_mean, unknown
+from unlearn.objectives import weighting
 from unlearn.objectives.distribution import kl, kl_all_positions, kl_labels
+from unlearn.objectives.dual import pdu_retain
 from unlearn.objectives.hidden import embed_diff, rmu
-from unlearn.objectives.sequence import npo
+from unlearn.objectives.labelled import ceu, max_entropy, pdu, undial, undial_all_positions
+from unlearn.objectives.reweighted import (
+    ga_annotated,
+    ga_sampled,
+    satimp,
+    simimp,
+    simsat,
+    tnpo,
+    wga,
+    wtnpo,
+)
+from unlearn.objectives.sequence import npo, npo_annotated, npo_sampled, simnpo
+from unlearn.objectives.signature import data_names, hyper_defaults, hyper_types
 from unlearn.objectives.token import grad_ascent, nll
+from unlearn.objectives.user import is_user_loss, load_user_loss
 from unlearn.scores import Scores, label_mask
 
 Said = Scores | Activations
 """What a model says about a batch, in the form that an objective reads."""
 
-UNITS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "token": lambda mask, attended: mask.sum(),
-    "sequence": lambda mask, attended: attended.any(-1).sum(),
-    "position": lambda mask, attended: attended.sum(),
-    "padded position": lambda mask, attended: attended.any(-1).sum() * mask.shape[1],
+Hyper = Mapping[str, Any]
+
+UNITS: dict[str, Callable[[Tensor, Tensor, Hyper], Tensor]] = {
+    "token": lambda mask, attended, hyper: mask.sum(),
+    "sequence": lambda mask, attended, hyper: attended.any(-1).sum(),
+    "position": lambda mask, attended, hyper: attended.sum(),
+    "padded position": lambda mask, attended, hyper: attended.any(-1).sum() * mask.shape[1],
+    "next token": lambda mask, attended, hyper: attended[:, 1:].sum(),
+    "later token": lambda mask, attended, hyper: (
+        (mask.sum(-1) - hyper["ignore_first_n_answer_tokens"]).clamp_min(0).sum()
+    ),
+    "granule": lambda mask, attended, hyper: UNITS[
+        "token" if hyper["granularity"] in ("token", "group") else "sequence"
+    ](mask, attended, hyper),
 }
-"""How many units of each kind a batch has, from its label mask and its attention mask.
+"""How many units of each kind a batch has: of its label mask, attention mask and hyperparameters.
 
 A row without any real token, which only fills up a batch, has none.
 """
@@ -40,13 +66,19 @@ A row without any real token, which only fills up a batch, has none.
 class Objective:
     """A pure function of what a model says, and what it needs: its signature and table say it.
 
-    It reads ``scores``, scores with ``logits``, or the ``hidden`` states that leave a layer, whose
-    number is then its hyperparameter ``layer``.
+    It reads ``scores``, scores with the logits at ``labelled`` positions or with all ``logits``, or
+    the ``hidden`` states that leave a layer, whose number is then its hyperparameter ``layer``.
+    ``annotated``: the rows must have a column ``important``. ``couples_rows`` tells for which
+    hyperparameters the rows of one forward pass weigh on each other. ``sha256``: of the file that a
+    loss from outside this table comes from.
     """
 
-    function: Callable[..., Tensor]
+    function: Callable[..., Any]
     unit: str
-    reads: Literal["scores", "logits", "hidden"] = "scores"
+    reads: Literal["scores", "labelled", "logits", "hidden"] = "scores"
+    annotated: bool = False
+    couples_rows: Callable[[Hyper], bool] = lambda hyper: False
+    sha256: str | None = None
 
     @property
     def name(self) -> str:
@@ -56,41 +88,71 @@ class Objective:
     @property
     def uses_reference(self) -> bool:
         """Whether the frozen starting model is needed."""
-        return "reference" in inspect.signature(self.function).parameters
+        return "reference" in data_names(self.function)
 
     @property
     def hyper(self) -> dict[str, Any]:
         """The hyperparameters with their defaults."""
-        parameters = inspect.signature(self.function).parameters.values()
-        return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+        return hyper_defaults(self.function)
+
+    def bound(self, hyper: Hyper) -> Callable[..., Tensor]:
+        """Give the loss of ``(policy)`` or ``(policy, reference)``; a stateful one begins anew."""
+        if isinstance(self.function, type):
+            return self.function(**hyper)
+        return partial(self.function, **hyper)
 
     def __call__(self, policy: Said, reference: Said | None, **hyper: Any) -> Tensor:
         """Give one loss per unit; positions that do not count are 0."""
-        scores = (policy, reference) if self.uses_reference else (policy,)
-        losses = self.function(*scores, **hyper)
+        return self.apply(self.bound(hyper), policy, reference)
+
+    def apply(self, bound: Callable[..., Tensor], policy: Said, reference: Said | None) -> Tensor:
+        """Give one loss per unit of a loss that :meth:`bound` has made."""
+        losses = bound(*((policy, reference) if self.uses_reference else (policy,)))
         empty = ~policy.attended.any(-1)
         return losses.masked_fill(empty.reshape(-1, *[1] * (losses.dim() - 1)), 0.0)
 
-    def count(self, batch: Mapping[str, Tensor]) -> Tensor:
+    def count(self, batch: Mapping[str, Tensor], hyper: Hyper | None = None) -> Tensor:
         """Count this objective's units in a batch, before any forward pass."""
-        return UNITS[self.unit](label_mask(batch["labels"]), batch["attention_mask"].bool())
+        attended = batch["attention_mask"].bool()
+        return self.units(label_mask(batch["labels"]), attended, hyper or {})
+
+    def units(self, mask: Tensor, attended: Tensor, hyper: Hyper) -> Tensor:
+        """Count units from the label mask and the attention mask."""
+        return UNITS[self.unit](mask, attended, {**self.hyper, **hyper})
 
 
 OBJECTIVES: dict[str, Objective] = {
     objective.name: objective
     for objective in (
-        *(Objective(function, "token") for function in (nll, grad_ascent)),
-        *(Objective(function, "sequence") for function in (npo,)),
+        *(Objective(f, "token") for f in (nll, grad_ascent, wga, tnpo, wtnpo, ga_sampled)),
+        *(
+            Objective(f, "granule", couples_rows=weighting.couples_rows)
+            for f in (satimp, simsat, simimp)
+        ),
+        Objective(ga_annotated, "token", annotated=True),
+        *(Objective(f, "sequence") for f in (npo, npo_sampled, simnpo)),
+        Objective(npo_annotated, "sequence", annotated=True),
         Objective(kl, "position", reads="logits"),
         Objective(kl_labels, "token", reads="logits"),
         Objective(kl_all_positions, "padded position", reads="logits"),
-        *(Objective(function, "token", reads="hidden") for function in (rmu, embed_diff)),
+        *(Objective(f, "token", reads="labelled") for f in (undial, max_entropy, pdu)),
+        Objective(undial_all_positions, "next token", reads="logits"),
+        Objective(ceu, "later token", reads="labelled"),
+        Objective(pdu_retain, "token"),
+        *(Objective(f, "token", reads="hidden") for f in (rmu, embed_diff)),
     )
 }
 
 
 def find(name: str) -> Objective:
-    """Look an objective up by name; raise :class:`UserError` with the list when it is unknown."""
+    """Look an objective up: a name of the table, or ``FILE.py:FUNCTION``.
+
+    Raises:
+        UserError: an unknown name, with the list; a file, function or signature that will not do.
+    """
+    if is_user_loss(name):
+        loss = load_user_loss(name)
+        return Objective(loss.function, loss.unit, reads=loss.reads, sha256=loss.sha256)
     if name not in OBJECTIVES:
         raise unknown("objective", name, OBJECTIVES)
     return OBJECTIVES[name]
@@ -105,7 +167,7 @@ def check_hyper(name: str, hyper: Mapping[str, Any]) -> list[str]:
         for key in hyper
         if key not in allowed
     ]
-    hints = get_type_hints(find(name).function, include_extras=True)
+    hints = hyper_types(find(name).function)
     for key in [key for key in hyper if key in allowed]:
         try:
             TypeAdapter(hints[key]).validate_python(hyper[key], strict=True)
@@ -120,7 +182,7 @@ def batch_loss(
     """Give the batch mean of an objective, as published: the sum over units over their number.
 
     Args:
-        name: an objective's name, for instance ``npo``.
+        name: an objective's name, for instance ``npo``, or ``FILE.py:FUNCTION``.
         policy: scores (or activations) of the model being changed.
         reference: those of the frozen start, for objectives that need it.
         note: a remark, not used: recorded hyperparameters may carry one.
@@ -136,7 +198,7 @@ def batch_loss(
     mistakes += _unreadable(objective, policy, reference)
     if mistakes:
         raise UserError("; ".join(mistakes))
-    units = UNITS[objective.unit](policy.mask, policy.attended)
+    units = objective.units(policy.mask, policy.attended, hyper)
     return objective(policy, reference, **hyper).sum() / units
 
 
@@ -146,6 +208,14 @@ def _unreadable(objective: Objective, *given: Said | None) -> list[str]:
     for said in (said for said in given if said is not None):
         if not isinstance(said, needed):
             return [f"{objective.name} reads {needed.__name__}, not {type(said).__name__}"]
-        if objective.reads == "logits" and said.logits is None:  # type: ignore[union-attr]
-            return [f"{objective.name} needs scores with logits: score(..., want={{'logits'}})"]
+        if isinstance(said, Scores) and not _has(said, objective.reads):
+            want = objective.reads
+            return [f"{objective.name} needs scores with logits: score(..., want={{{want!r}}})"]
+    if objective.annotated and getattr(given[0], "important", None) is None:
+        return [f"{objective.name} needs rows with a column 'important'"]
     return []
+
+
+def _has(scores: Scores, reads: str) -> bool:
+    whole = scores.logits is not None
+    return {"labelled": whole or scores.labelled is not None, "logits": whole}.get(reads, True)
