@@ -37,7 +37,8 @@ def _name_objectives(term: dict[str, Any]) -> None:
     term["allOf"] = [
         {
             "if": {"properties": {"objective": {"const": name}}, "required": ["objective"]},
-            "then": {"properties": {h: False for h in users if h not in objective.hyper}},
+            "then": {"properties": {h: False for h in users if h not in objective.hyper}}
+            | ({"required": ["rejected"]} if objective.compares else {}),
         }
         for name, objective in OBJECTIVES.items()
         if set(users) - set(objective.hyper)

@@ -219,7 +219,11 @@ def _objectives(tree: Tree) -> Iterator[Mistake]:
     terms = tree.get("terms")
     if not isinstance(terms, list):
         return
-    from unlearn.objectives import OBJECTIVES, check_hyper  # noqa: PLC0415 - imports torch
+    from unlearn.objectives import (  # noqa: PLC0415 - imports torch
+        OBJECTIVES,
+        check_hyper,
+        pair_mistake,
+    )
 
     for index, term in enumerate(terms):
         name = term.get("objective") if isinstance(term, dict) else None
@@ -228,6 +232,8 @@ def _objectives(tree: Tree) -> Iterator[Mistake]:
             message = f"{name!r} given; must be {_one_of(sorted(OBJECTIVES))}{close}"
             yield Mistake(("terms", index, "objective"), message)
         elif isinstance(name, str):
+            if why := pair_mistake(name, term.get("rejected")):
+                yield Mistake(("terms", index, "rejected"), why)
             extras = {key: value for key, value in term.items() if key not in Term.model_fields}
             for key, value in extras.items():
                 misspelt = key not in OBJECTIVES[name].hyper and _closest(key, Term.model_fields)

@@ -8,7 +8,7 @@ gradient accumulation nor the number of ranks changes the step.
 import os
 import shutil
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,19 +32,39 @@ Reads = tuple[str, int | None]
 
 @dataclass(frozen=True)
 class Term:
-    """An objective on a stream, with a weight and its hyperparameters."""
+    """An objective on a stream, with a weight and its hyperparameters.
+
+    ``rejected``, for an objective on pairs, is the stream of the answers to become less likely; its
+    rows belong to those of ``on``, one to one.
+    """
 
     objective: Objective
     on: str
     weight: float = 1.0
     hyper: Mapping[str, Any] = field(default_factory=dict)
+    rejected: str | None = None
 
     @property
-    def reads(self) -> Reads:
-        """The stream it reads, and the layer when it reads hidden states."""
+    def streams(self) -> tuple[str, ...]:
+        """The streams it reads."""
+        return (self.on,) if self.rejected is None else (self.on, self.rejected)
+
+    @property
+    def layer(self) -> int | None:
+        """The layer it reads, when it reads hidden states."""
         if self.objective.reads != "hidden":
-            return self.on, None
-        return self.on, {**self.objective.hyper, **self.hyper}["layer"]
+            return None
+        return int({**self.objective.hyper, **self.hyper}["layer"])
+
+    @property
+    def reads(self) -> tuple[Reads, ...]:
+        """The streams it reads, each with the layer."""
+        return tuple((stream, self.layer) for stream in self.streams)
+
+    def losses(self, policy: Mapping[Reads, Said], reference: Mapping[Reads, Said]) -> Tensor:
+        """Give one loss per unit from what model and frozen start say about what it reads."""
+        said = [each for at in self.reads for each in (policy[at], reference.get(at))]
+        return self.objective(policy[self.reads[0]], *said[1:], **self.hyper)
 
     @property
     def label(self) -> str:
@@ -87,7 +107,8 @@ class UnlearningTrainer(Trainer):
         self._want: dict[str, set[str]] = defaultdict(set)
         for term in self.terms:
             if term.objective.reads == "logits":
-                self._want[term.on].add("logits")
+                for stream in term.streams:
+                    self._want[stream].add("logits")
 
     # Data order
 
@@ -144,12 +165,12 @@ class UnlearningTrainer(Trainer):
             policy = self._policy(model, inputs)  # that it goes back through
             parts = []
             for term in self.terms:
-                said = policy[term.reads], reference.get(term.reads)
-                part = term.objective(*said, **term.hyper).sum() / counts[term.label]
+                part = term.losses(policy, reference).sum() / counts[term.label]
                 self._read(term.label, part)
                 parts.append(term.weight * part)
+        labels = {term.label for term in self.terms}  # a term may be that very mean
         for (stream, _), scores in policy.items():
-            if isinstance(scores, Scores):
+            if isinstance(scores, Scores) and f"{stream}/nll" not in labels:
                 self._read(f"{stream}/nll", -scores.log_probs.sum() / counts[stream])
         # Engines average gradients over ranks, the counts are global: undo the average.
         return torch.stack(parts).sum() * self.accelerator.num_processes
@@ -177,7 +198,7 @@ class UnlearningTrainer(Trainer):
 
     def _policy(self, model: Any, inputs: Mapping[str, Batch]) -> dict[Reads, Said]:
         """Ask the model once for scores, and once per layer for what leaves it."""
-        reads = {term.reads for term in self.terms}
+        reads = _reads(self.terms)
         hidden_only = {stream for stream, _ in reads} - {s for s, layer in reads if layer is None}
         asked = {stream: inputs[stream] for stream in inputs if stream not in hidden_only}
         scores = self.scorer.streams(model, asked, want=self._want) if asked else {}
@@ -191,7 +212,8 @@ class UnlearningTrainer(Trainer):
     def _reference(self, model: Any, inputs: Mapping[str, Batch]) -> dict[Reads, Said]:
         found: dict[Reads, Said] = {}
         asked: dict[int | None, dict[str, Batch]] = defaultdict(dict)
-        for stream, layer in {term.reads for term in self.terms if term.objective.uses_reference}:
+        asking = [term for term in self.terms if term.objective.uses_reference]
+        for stream, layer in _reads(asking):
             batch = inputs[stream]
             stored = "reference_log_probs" in batch and "logits" not in self._want[stream]
             if layer is None and stored:
@@ -247,6 +269,11 @@ class UnlearningTrainer(Trainer):
         (self._staging / "training_args.bin").unlink(missing_ok=True)  # a pickle nothing reads
         checkpoints.seal(self._staging, folder, self.identity)
         checkpoints.prune(folder.parent, self.keep_checkpoints, best=self.best_step())
+
+
+def _reads(terms: Iterable[Term]) -> list[Reads]:
+    """List what terms read, each once."""
+    return list(dict.fromkeys(read for term in terms for read in term.reads))
 
 
 def _total(parts: Any) -> Tensor:

@@ -1,8 +1,11 @@
 """The objectives, in one table. An objective never averages: the trainer divides.
 
-To add one: write the function in ``token.py``, ``sequence.py``, ``distribution.py`` or
-``hidden.py`` and name it in the table below. Its signature says the rest: a ``reference`` parameter
-asks for the frozen starting model, keyword-only parameters are hyperparameters.
+To add one: write the function in ``token.py``, ``sequence.py``, ``pair.py``, ``distribution.py`` or
+``hidden.py`` and name it in the table below. Its signature says the rest. The names of its
+positional parameters ask for data: ``policy`` is what the model being changed says, ``reference``
+what the frozen start says. An objective on pairs names both answers instead: ``chosen`` and
+``rejected``, and ``chosen_reference`` and ``rejected_reference`` for what the start says of them.
+Keyword-only parameters are hyperparameters.
 """
 
 import inspect
@@ -16,7 +19,8 @@ from torch import Tensor
 from unlearn.activations import Activations
 from unlearn.errors import UserError, did_you_mean, unknown
 from unlearn.objectives.distribution import kl, kl_all_positions, kl_labels
-from unlearn.objectives.hidden import embed_diff, rmu
+from unlearn.objectives.hidden import adaptive_rmu, embed_diff, rmu
+from unlearn.objectives.pair import ap, dpo
 from unlearn.objectives.sequence import npo
 from unlearn.objectives.token import grad_ascent, nll
 from unlearn.scores import Scores, label_mask
@@ -41,12 +45,14 @@ class Objective:
     """A pure function of what a model says, and what it needs: its signature and table say it.
 
     It reads ``scores``, scores with ``logits``, or the ``hidden`` states that leave a layer, whose
-    number is then its hyperparameter ``layer``.
+    number is then its hyperparameter ``layer``. ``measured`` names the hyperparameter that a run
+    measures at the frozen start, where it is not given.
     """
 
     function: Callable[..., Tensor]
     unit: str
     reads: Literal["scores", "logits", "hidden"] = "scores"
+    measured: str | None = None
 
     @property
     def name(self) -> str:
@@ -56,7 +62,18 @@ class Objective:
     @property
     def uses_reference(self) -> bool:
         """Whether the frozen starting model is needed."""
-        return "reference" in inspect.signature(self.function).parameters
+        return any(name.endswith("reference") for name in self.data)
+
+    @property
+    def compares(self) -> bool:
+        """Whether it is an objective on pairs of answers."""
+        return "rejected" in self.data
+
+    @property
+    def data(self) -> tuple[str, ...]:
+        """The names of the data it is given, in order."""
+        parameters = inspect.signature(self.function).parameters.values()
+        return tuple(p.name for p in parameters if p.kind is not p.KEYWORD_ONLY)
 
     @property
     def hyper(self) -> dict[str, Any]:
@@ -64,10 +81,25 @@ class Objective:
         parameters = inspect.signature(self.function).parameters.values()
         return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
 
-    def __call__(self, policy: Said, reference: Said | None, **hyper: Any) -> Tensor:
-        """Give one loss per unit; positions that do not count are 0."""
-        scores = (policy, reference) if self.uses_reference else (policy,)
-        losses = self.function(*scores, **hyper)
+    def __call__(
+        self,
+        policy: Said,
+        reference: Said | None = None,
+        rejected: Said | None = None,
+        rejected_reference: Said | None = None,
+        **hyper: Any,
+    ) -> Tensor:
+        """Give one loss per unit; positions that do not count are 0.
+
+        For an objective on pairs ``policy`` and ``reference`` are about the chosen answers.
+        """
+        given = {
+            **dict.fromkeys(("policy", "chosen"), policy),
+            **dict.fromkeys(("reference", "chosen_reference"), reference),
+            "rejected": rejected,
+            "rejected_reference": rejected_reference,
+        }
+        losses = self.function(*(given[name] for name in self.data), **hyper)
         empty = ~policy.attended.any(-1)
         return losses.masked_fill(empty.reshape(-1, *[1] * (losses.dim() - 1)), 0.0)
 
@@ -81,10 +113,12 @@ OBJECTIVES: dict[str, Objective] = {
     for objective in (
         *(Objective(function, "token") for function in (nll, grad_ascent)),
         *(Objective(function, "sequence") for function in (npo,)),
+        *(Objective(function, "sequence") for function in (dpo, ap)),
         Objective(kl, "position", reads="logits"),
         Objective(kl_labels, "token", reads="logits"),
         Objective(kl_all_positions, "padded position", reads="logits"),
         *(Objective(function, "token", reads="hidden") for function in (rmu, embed_diff)),
+        Objective(adaptive_rmu, "token", reads="hidden", measured="token_norm"),
     )
 }
 
@@ -114,8 +148,29 @@ def check_hyper(name: str, hyper: Mapping[str, Any]) -> list[str]:
     return mistakes
 
 
+def pair_mistake(name: str, rejected: Any) -> str:
+    """Say what is wrong with giving, or not giving, the rejected answers of pairs to an objective.
+
+    Empty when nothing is.
+    """
+    objective = find(name)
+    if objective.compares and rejected is None:
+        return f"{name} compares two answers and needs 'rejected', the one to become less likely"
+    if not objective.compares and rejected is not None:
+        pairs = ", ".join(sorted(n for n, o in OBJECTIVES.items() if o.compares))
+        return f"{name} takes no pair: leave 'rejected' out, or use one of {pairs}"
+    return ""
+
+
 def batch_loss(
-    name: str, policy: Said, reference: Said | None = None, *, note: str = "", **hyper: Any
+    name: str,
+    policy: Said,
+    reference: Said | None = None,
+    *,
+    rejected: Said | None = None,
+    rejected_reference: Said | None = None,
+    note: str = "",
+    **hyper: Any,
 ) -> Tensor:
     """Give the batch mean of an objective, as published: the sum over units over their number.
 
@@ -123,6 +178,9 @@ def batch_loss(
         name: an objective's name, for instance ``npo``.
         policy: scores (or activations) of the model being changed.
         reference: those of the frozen start, for objectives that need it.
+        rejected: for objectives on pairs, scores of the rejected answers; ``policy`` and
+            ``reference`` are then about the chosen ones, row by row.
+        rejected_reference: those of the frozen start.
         note: a remark, not used: recorded hyperparameters may carry one.
         **hyper: hyperparameters of the objective.
 
@@ -130,14 +188,32 @@ def batch_loss(
         UserError: unknown name or hyperparameter, a missing reference, or the wrong thing to read.
     """
     objective = find(name)
-    mistakes = check_hyper(name, hyper)
-    if objective.uses_reference and reference is None:
-        mistakes.append(f"{name} needs a reference model")
-    mistakes += _unreadable(objective, policy, reference)
-    if mistakes:
+    said = (policy, reference, rejected, rejected_reference)
+    if mistakes := [*check_hyper(name, hyper), *_missing(objective, hyper, *said)]:
         raise UserError("; ".join(mistakes))
     units = UNITS[objective.unit](policy.mask, policy.attended)
-    return objective(policy, reference, **hyper).sum() / units
+    return objective(*said, **hyper).sum() / units
+
+
+def _missing(
+    objective: Objective,
+    hyper: Mapping[str, Any],
+    policy: Said,
+    reference: Said | None,
+    rejected: Said | None,
+    rejected_reference: Said | None,
+) -> list[str]:
+    """Say what an objective lacks before it can be computed."""
+    name, mistakes = objective.name, []
+    if wrong := pair_mistake(objective.name, rejected):
+        mistakes.append(wrong)
+    if objective.uses_reference and reference is None:
+        mistakes.append(f"{name} needs a reference model")
+    elif objective.uses_reference and objective.compares and rejected_reference is None:
+        mistakes.append(f"{name} needs a reference model for the rejected answers too")
+    if objective.measured and hyper.get(objective.measured) is None:
+        mistakes.append(f"{name} needs {objective.measured}, which only a run measures by itself")
+    return mistakes + _unreadable(objective, policy, reference, rejected, rejected_reference)
 
 
 def _unreadable(objective: Objective, *given: Said | None) -> list[str]:
