@@ -128,6 +128,15 @@ def check_answerable(rows: Sequence[Row], stream: str, source: str) -> None:
             raise UserError(message, hint + "give chats with one answer each")
 
 
+def asked(row: Mapping[str, Any]) -> tuple[str, str]:
+    """Give the question and the answer of a row as texts."""
+    kind = row_kind(row)
+    if kind == "messages":
+        said = {turn["role"]: turn["content"] for turn in row["messages"]}
+        return said.get("user", ""), said["assistant"]
+    return (row["question"], row["answer"]) if kind == "qa" else (row["prompt"], row["completion"])
+
+
 def answered(row: Mapping[str, Any], answer: str) -> Row:
     """Give the row with another answer."""
     kind = row_kind(row)
