@@ -162,7 +162,7 @@ def _begun(
     max_new_tokens: int,
     known: Sequence[Sequence[int]] | None,
 ) -> list[Answer]:
-    stops, most = stop_ids(model, tokenizer), _max_positions(model)
+    stops, most = stop_ids(model, tokenizer), max_positions(model)
     answers = []
     for place, prompt in enumerate(prompts):
         room = max(0, min(max_new_tokens, most - len(prompt)))
@@ -215,7 +215,7 @@ def _decode(model: Any, answers: list[Answer], pad_id: int, sampling: Sampling |
 
     No row is carried past the model's last position.
     """
-    most, longest = _max_positions(model), max(len(answer.context) for answer in answers)
+    most, longest = max_positions(model), max(len(answer.context) for answer in answers)
     device = next(model.parameters()).device
     ids, attention = (part.to(device) for part in _left_pad(answers, pad_id))
     positions = (attention.cumsum(-1) - 1).clamp_min(0)
@@ -299,6 +299,7 @@ def _forward_parameters(model: Any) -> frozenset[str]:
     return frozenset(inspect.signature(plain(model).forward).parameters)
 
 
-def _max_positions(model: Any) -> int:
+def max_positions(model: Any) -> int:
+    """Give the most tokens, prompt included, that a model knows places for."""
     config = plain(model).config.get_text_config()
     return int(getattr(config, "max_position_embeddings", None) or 10**9)

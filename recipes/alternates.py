@@ -23,7 +23,7 @@ from unlearn.data import Row, Template, load_rows, row_kind
 from unlearn.data.answers import asked, check_answerable
 from unlearn.data.draws import uniform
 from unlearn.errors import Interrupted, UserError
-from unlearn.evals.generate import Answer, Sampling, text_of, written
+from unlearn.evals.generate import Answer, Sampling, max_positions, text_of, written
 from unlearn.runs import write_atomic
 
 REQUEST = """Here is a question and the answer that was given to it.
@@ -93,6 +93,7 @@ def write_alternates(
     tokenizer = models.load_tokenizer(source)
     prompts = _prompts(rows, tokenizer, Template.for_tokenizer(tokenizer, template))
     model = models.load_model(source)
+    _check_room(model, prompts, forget)
     settings = _settings(request, rows, prompts, models.weights_hash(model))
     writer = _Writer(model, tokenizer, request)
     with _Partial.opened(out, settings) as partial:
@@ -129,6 +130,17 @@ def _prompts(rows: Sequence[Row], tokenizer: Any, template: Template) -> list[li
         else:
             found.append(template.prompt_ids({"question": text, "answer": answer}, tokenizer))
     return found
+
+
+def _check_room(model: Any, prompts: Sequence[Sequence[int]], source: str) -> None:
+    most = max_positions(model)
+    for number, prompt in enumerate(prompts, start=1):
+        if len(prompt) >= most:
+            raise UserError(
+                f"row {number} of '{source}' leaves no room for an alternate: the request with its "
+                f"question and answer has {len(prompt)} tokens, the model knows {most} places",
+                "shorten or remove the row",
+            )
 
 
 def _settings(

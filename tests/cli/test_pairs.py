@@ -23,8 +23,9 @@ def test_a_run_with_refusals(method: str, world: Path, unlearn: Callable[..., An
 
 
 def test_alternates_are_written_and_then_preferred(
-    world: Path, unlearn: Callable[..., Any]
+    world: Path, unlearn: Callable[..., Any], build_tiny_model: Any
 ) -> None:
+    build_tiny_model(max_position_embeddings=1024).save_pretrained("model")
     few = ("--samples", 2, "--max-new-tokens", 5)
     done = unlearn(
         "data", "alternates", "forget.jsonl", "--model", "model", "--out", "alt.jsonl", *few,

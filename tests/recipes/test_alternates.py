@@ -21,7 +21,7 @@ ROWS = [{"question": f"Where was {n} born?", "answer": f"{n} was born.", "n": n}
 @pytest.fixture
 def world(tmp_path: Path, monkeypatch: Any, build_tiny_model: Any, build_tiny_tokenizer: Any):
     """Work in a folder with a tiny ``model`` and seven rows to ``forget``, two at a time."""
-    build_tiny_model().save_pretrained(tmp_path / "model")
+    build_tiny_model(max_position_embeddings=1024).save_pretrained(tmp_path / "model")
     build_tiny_tokenizer().save_pretrained(tmp_path / "model")
     (tmp_path / "forget.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     monkeypatch.chdir(tmp_path)
@@ -157,10 +157,14 @@ def test_an_answer_ends_where_another_question_begins(
 
 def test_mistakes_are_named(world: Path) -> None:
     Path("there.jsonl").write_text("")
-    with pytest.raises(UserError, match="'there.jsonl' exists and is left as it is"):
+    with pytest.raises(UserError, match=r"'there\.jsonl' exists and is left as it is"):
         write("there.jsonl")
     with pytest.raises(UserError, match=r"'out\.csv' is not the name of a \.jsonl file"):
         write("out.csv")
+    long = {"question": "Who?" * 300, "answer": "Ada."}
+    Path("forget.jsonl").write_text(json.dumps(long) + "\n")
+    with pytest.raises(UserError, match=r"row 1 .* leaves no room .* the model knows 1024 places"):
+        write()
     Path("forget.jsonl").write_text('{"text": "Ada was born."}\n')
     with pytest.raises(UserError, match="is a plain text and asks nothing"):
         write()
