@@ -1,10 +1,12 @@
-"""``unlearn data``: look at the tokens a run would train on."""
+"""``unlearn data``: look at the tokens a run would train on; write other answers to its rows."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from unlearn.cli.entry import Json, Offline, go_offline, say
+from unlearn.cli.progress import listening
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -12,7 +14,9 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
     from rich.text import Text
 
-app = typer.Typer(help="Look at data before training on it.", no_args_is_help=True)
+app = typer.Typer(
+    help="Look at data before training on it, or add other answers to it.", no_args_is_help=True
+)
 
 TRAINED = (
     "bold #10281a on #8fdc9a",
@@ -38,11 +42,6 @@ Map = Annotated[
 ]
 Rows = Annotated[int, typer.Option(min=0, help="How many rows to show in full.")]
 MaxLength = Annotated[int, typer.Option(min=2, help="Tokens per row; the rest is cut off.")]
-
-
-@app.callback()
-def group() -> None:
-    """Keep ``preview`` a subcommand: typer would fold a single command into its group."""
 
 
 @app.command()
@@ -77,6 +76,61 @@ def preview(
         "notes": _notes(chosen),
     }
     say(result, json=json, people=_print)
+
+
+@app.command(
+    epilog="Example: [bold]unlearn data alternates forget.jsonl --model models/target "
+    "--out forget-alternates.jsonl[/bold]"
+)
+def alternates(
+    source: Source,
+    model: Annotated[str, typer.Option(help="The model that is to forget: it writes them itself.")],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="New .jsonl file.")],
+    samples: Annotated[int, typer.Option(min=1, help="Alternates per row.")] = 5,
+    temperature: Annotated[float, typer.Option(min=0.01, help="Of the sampling.")] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the sampling.")] = 0,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest alternate, in tokens.")] = 200,
+    template: TemplateText = None,
+    map_: Map = None,
+    offline: Offline = False,
+    json: Json = False,
+) -> None:
+    """Write SOURCE again with other plausible answers to each row, for the method altpo.
+
+    Stopped, it keeps the finished rows; the same command goes on from there.
+    """
+    from unlearn.recipes.inputs import check_model_folder
+
+    columns = columns_of(map_ or [])
+    check_model_folder(model)
+    go_offline(offline)
+    with listening() as emit:
+        emit({"event": "stage", "stage": "alternates"})
+        from unlearn.models import ModelSource
+        from unlearn.recipes.alternates import Request, write_alternates
+
+        found = write_alternates(
+            source,
+            ModelSource(model, offline=offline),
+            out,
+            request=Request(samples, temperature, seed, max_new_tokens),
+            columns=columns,
+            template=template.replace("\\n", "\n") if template is not None else None,
+            progress=lambda done, total: emit(
+                {"event": "progress", "what": "rows", "done": done, "total": total}
+            ),
+        )
+    say(found, json=json, people=_print_alternates)
+
+
+def _print_alternates(found: dict[str, Any]) -> None:
+    print(
+        f"{found['out']}: {found['alternates']:,} alternates for {found['rows']:,} rows; "
+        f"{found['retried']:,} samples drawn again, {found['dropped']:,} given up"
+    )
+    if without := found["rows_without"]:
+        numbers = ", ".join(map(str, without[:5])) + (", …" if len(without) > 5 else "")
+        print(f"{len(without):,} of them have none (row {numbers}): write some, or remove them")
 
 
 def columns_of(pairs: list[str]) -> dict[str, str]:

@@ -14,6 +14,7 @@ STAGES = {
     "load": "loading the model",
     "benchmark": "measuring",
     "reference": "scoring under the starting model:",
+    "alternates": "writing other answers",
     "measure": "timing a few steps",
     "train": "unlearning",
     "save": "saving the model",

@@ -20,6 +20,7 @@ Name = Annotated[str, typer.Argument(help="A method (npo), a preset (tofu-tiny/n
 def list_recipes(json: Json = False) -> None:
     """List the methods and the presets that ship."""
     from unlearn.recipes.files import find, method_names, preset_names, read
+    from unlearn.recipes.schema import rows_of
 
     rows = []
     for kind, names in (("method", method_names()), ("preset", preset_names())):
@@ -27,7 +28,7 @@ def list_recipes(json: Json = False) -> None:
             path = find(name)
             tree = read(path)
             terms = {
-                stream: [term for term in tree["terms"] if term["on"] == stream]
+                stream: [term for term in tree["terms"] if rows_of(term["on"]) == stream]
                 for stream in ("forget", "retain")
             }
             texts = {key: tree.get(key, "") for key in ("description", "source")}

@@ -1,4 +1,4 @@
-"""What a model writes by itself: greedy answers to many prompts.
+"""What a model writes by itself: greedy or sampled answers to many prompts.
 
 A plain loop over the model's own key-value cache. Nothing but the prompts decides the answers: the
 sampling defaults and penalties that many models ship in their generation config are not applied.
@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -31,7 +31,7 @@ LEAVING = 0.1
 class Answer:
     """One row while it is being answered; ``room`` is the most tokens it may have.
 
-    ``sound``: every token was chosen from numbers, none from NaN.
+    ``place`` is that of its prompt. ``sound``: every token was chosen from numbers, none from NaN.
     """
 
     prompt: list[int]
@@ -40,6 +40,7 @@ class Answer:
     tokens: list[int] = field(default_factory=list)
     finished: bool = False
     sound: bool = True
+    place: int = 0
 
     def append(self, token: int) -> None:
         """Take one more token, unless the answer has ended."""
@@ -51,6 +52,30 @@ class Answer:
     def context(self) -> list[int]:
         """Give the prompt and what is written so far."""
         return self.prompt + self.tokens
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn: ``numbers[place][t]``, in [0, 1), decides token t of an answer.
+
+    So an answer depends on its own numbers only, not on the rows it shares a batch with (up to
+    rounding of the model's logits). ``ended`` may end an answer early.
+    """
+
+    temperature: float
+    numbers: Sequence[Sequence[float]]
+    ended: Callable[[Answer], bool] = lambda answer: False
+
+    def draw(
+        self, logits: Float[Tensor, "batch vocab"], answers: Sequence[Answer]
+    ) -> Int[Tensor, "batch 1"]:
+        """Give the token at which the cumulative probability passes each answer's number."""
+        wide = logits.float() if logits.device.type == "mps" else logits.double()
+        cumulative = (wide / self.temperature).softmax(-1).cumsum(-1)
+        at = [0.0 if a.finished else self.numbers[a.place][len(a.tokens)] for a in answers]
+        wanted = torch.tensor(at, device=wide.device, dtype=wide.dtype)[:, None]
+        found = torch.searchsorted(cumulative, wanted * cumulative[:, -1:], right=True)
+        return found.clamp_max(logits.shape[-1] - 1)
 
 
 def generate(
@@ -92,8 +117,11 @@ def written(
     max_new_tokens: int,
     token_budget: int = 32768,
     known: Sequence[Sequence[int]] | None = None,
+    sampling: Sampling | None = None,
 ) -> Iterator[tuple[list[int], list[Answer]]]:
-    """Write the greedy continuation of every prompt; give groups of them with their places.
+    """Write the continuation of every prompt; give groups of them with their places.
+
+    The greedy one, unless ``sampling`` says how tokens are drawn.
 
     An answer ends at an end-of-sequence token, after ``max_new_tokens``, or where the model's
     positions end. A batch holds at most ``token_budget`` tokens, prompts and room for the answers
@@ -120,7 +148,7 @@ def written(
         for rank, places in enumerate(turn):
             if rank == ranks.rank:
                 with evaluation_mode(model):
-                    _decode(model, [answers[place] for place in places], pad_id)
+                    _decode(model, [answers[place] for place in places], pad_id, sampling)
         if ranks.size > 1:
             _exchange(ranks, [[answers[place] for place in places] for places in turn])
         for places in turn:
@@ -134,11 +162,11 @@ def _begun(
     max_new_tokens: int,
     known: Sequence[Sequence[int]] | None,
 ) -> list[Answer]:
-    stops, most = stop_ids(model, tokenizer), _max_positions(model)
+    stops, most = stop_ids(model, tokenizer), max_positions(model)
     answers = []
     for place, prompt in enumerate(prompts):
         room = max(0, min(max_new_tokens, most - len(prompt)))
-        answer = Answer(list(prompt), room, stops, finished=room == 0)
+        answer = Answer(list(prompt), room, stops, finished=room == 0, place=place)
         for token in known[place] if known else ():
             answer.append(token)
         answers.append(answer)
@@ -182,12 +210,12 @@ def stop_ids(model: Any, tokenizer: Any) -> frozenset[int]:
     return frozenset(int(i) for i in (*named, tokenizer.eos_token_id) if i is not None)
 
 
-def _decode(model: Any, answers: list[Answer], pad_id: int) -> None:
+def _decode(model: Any, answers: list[Answer], pad_id: int, sampling: Sampling | None) -> None:
     """Extend all answers token by token; finished ones leave the batch, a tenth at a time.
 
     No row is carried past the model's last position.
     """
-    most, longest = _max_positions(model), max(len(answer.context) for answer in answers)
+    most, longest = max_positions(model), max(len(answer.context) for answer in answers)
     device = next(model.parameters()).device
     ids, attention = (part.to(device) for part in _left_pad(answers, pad_id))
     positions = (attention.cumsum(-1) - 1).clamp_min(0)
@@ -199,7 +227,7 @@ def _decode(model: Any, answers: list[Answer], pad_id: int) -> None:
         output = model(
             input_ids=ids, attention_mask=attention, past_key_values=cache, use_cache=True, **inputs
         )
-        ids = _choose(output.logits[:, -1], answers)
+        ids = _choose(output.logits[:, -1], answers, sampling)
         keep = [place for place, answer in enumerate(answers) if not answer.finished]
         if not keep:
             return
@@ -214,14 +242,18 @@ def _decode(model: Any, answers: list[Answer], pad_id: int) -> None:
             ids, attention, positions = ids[index], attention[index], positions[index]
 
 
-def _choose(logits: Tensor, answers: Sequence[Answer]) -> Int[Tensor, "batch 1"]:
-    """Append the likeliest token to every answer that is not finished, and give all of them."""
-    ids = logits.argmax(-1, keepdim=True)
+def _choose(
+    logits: Tensor, answers: Sequence[Answer], sampling: Sampling | None
+) -> Int[Tensor, "batch 1"]:
+    """Append the next token to every answer that is not finished, and give all of them."""
+    ids = sampling.draw(logits, answers) if sampling else logits.argmax(-1, keepdim=True)
     sound = logits.gather(-1, ids).isfinite()  # argmax takes NaN for the largest number
     chosen = torch.cat([ids, sound.long()], dim=-1).tolist()
     for answer, (token, is_sound) in zip(answers, chosen, strict=True):
         answer.sound &= bool(is_sound) or answer.finished
         answer.append(token)
+        if sampling and not answer.finished:
+            answer.finished = sampling.ended(answer)
     return ids
 
 
@@ -267,6 +299,7 @@ def _forward_parameters(model: Any) -> frozenset[str]:
     return frozenset(inspect.signature(plain(model).forward).parameters)
 
 
-def _max_positions(model: Any) -> int:
+def max_positions(model: Any) -> int:
+    """Give the most tokens, prompt included, that a model knows places for."""
     config = plain(model).config.get_text_config()
     return int(getattr(config, "max_position_embeddings", None) or 10**9)

@@ -46,7 +46,8 @@ def _own_hyperparameters(users: Mapping[str, Sequence[str]]) -> list[dict[str, A
     return [
         {
             "if": {"properties": {"objective": {"const": name}}, "required": ["objective"]},
-            "then": {"properties": {h: False for h in users if h not in objective.hyper}},
+            "then": {"properties": {h: False for h in users if h not in objective.hyper}}
+            | ({"required": ["rejected"]} if objective.compares else {}),
         }
         for name, objective in OBJECTIVES.items()
         if set(users) - set(objective.hyper)

@@ -88,7 +88,7 @@ class Sized:
 
 def _read_layers(prepared: Prepared) -> list[int]:
     """List the layers whose hidden states a term reads."""
-    layers = {layer for _, layer in (term.reads for term in prepared.terms)}
+    layers = {term.layer for term in prepared.terms}
     return sorted(layer for layer in layers if layer is not None)
 
 
@@ -208,12 +208,16 @@ def largest_batch(prepared: Prepared, size: Footprint) -> Batch:
     """Give the longest rows that can meet in one forward pass, and what is read of them."""
     rows = prepared.recipe.training.per_device_train_batch_size
     rows = min(rows, len(prepared.streams["forget"].examples))
-    chosen = {name: _longest(stream.examples, rows) for name, stream in prepared.streams.items()}
-    reads = {term.reads for term in prepared.terms}
+    chosen = {name: _longest(stream.examples, rows) for name, stream in prepared.trained.items()}
+    reads = {read for term in prepared.terms for read in term.reads}
     hidden_only = {name for name, _ in reads} - {name for name, layer in reads if layer is None}
     scored = {name: stream for name, stream in chosen.items() if name not in hidden_only}
-    reading = {(term.on, term.objective.reads) for term in prepared.terms}
-    whole = {name for name, what in reading if what in ("labelled", "logits")}
+    whole = {
+        stream
+        for term in prepared.terms
+        if term.objective.reads in ("labelled", "logits")
+        for stream in term.streams
+    }
     passes: list[tuple[int, int | None]] = []
     if scored:
         passes.append((_tokens(size, list(scored.values())), None))
@@ -266,7 +270,7 @@ def _measuring(prepared: Prepared, model: Any) -> Measuring:
     if evals.generate:
         room = WRITING_TOKENS * evals.batch_tokens
         if evals.tofu is None:
-            asked = sum(min(evals.max_rows, len(s.examples)) for s in prepared.streams.values())
+            asked = sum(min(evals.max_rows, len(s.examples)) for s in prepared.given.values())
             room = min(room, asked * (longest + evals.max_new_tokens))
         why = f"keys and values of {room:,} tokens"
         found.append(Measuring(writing_bytes(model, room), why))

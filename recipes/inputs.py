@@ -10,7 +10,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from unlearn.data.answers import BELONGS, alternates_of, check_answerable, read_refusals
 from unlearn.data.files import READERS
+from unlearn.data.rows import Row
 from unlearn.data.sources import Source, load_rows
 from unlearn.errors import UserError
 from unlearn.recipes.files import find, overlay, read
@@ -47,9 +49,16 @@ def check_inputs(recipe: Recipe) -> None:
         check_new(Path(recipe.out))
     for path in (recipe.model.path, recipe.model.retain_model):
         check_model_folder(path)
-    for spec in (recipe.data.forget, recipe.data.retain):
-        if spec:
-            _check_source(spec, recipe.data.columns)
+    if any(stream.endswith("refusal") for stream in recipe.read_streams()):
+        read_refusals(recipe.data.refusals)
+    for name in ("forget", "retain"):
+        spec = getattr(recipe.data, name)
+        rows = _check_source(spec, recipe.data.columns) if spec else []
+        for stream in sorted(recipe.read_streams()):
+            if BELONGS.get(stream) == name and rows:
+                check_answerable(rows, stream, spec)
+                if stream == "alternate":
+                    alternates_of(rows, spec)
 
 
 def check_model_folder(path: str | None) -> None:
@@ -73,23 +82,26 @@ def is_path(model: str) -> bool:
     return model.startswith((".", "/", "~")) or model.count("/") != 1
 
 
-def _check_source(spec: str, columns: Mapping[str, str]) -> None:
+def _check_source(spec: str, columns: Mapping[str, str]) -> list[Row]:
+    """Give the rows of a file, once they are checked; none of what is large or no file."""
     file = Source.parse(spec).local
     if file.is_file() and file.stat().st_size > LARGEST_EARLY:
-        return
+        return []
     if file.is_file() or (file.suffix.lower() in READERS and not file.exists()):
-        load_rows(spec, columns=columns)
+        return load_rows(spec, columns=columns)
+    return []
 
 
 def absolute(recipe: Recipe) -> Recipe:
     """Give the recipe with every path that exists here, and ``out``, made absolute."""
     model, data = recipe.model, recipe.data
     paths = {name: getattr(model, name) for name in ("path", "retain_model")}
-    specs = {name: getattr(data, name) for name in ("forget", "retain")}
+    specs = {name: _absolute_spec(getattr(data, name)) for name in ("forget", "retain")}
+    specs["refusals"] = _absolute(data.refusals)
     return recipe.model_copy(
         update={
             "model": model.model_copy(update={k: _absolute(v) for k, v in paths.items()}),
-            "data": data.model_copy(update={k: _absolute_spec(v) for k, v in specs.items()}),
+            "data": data.model_copy(update=specs),
             "evals": _absolute_evals(recipe.evals),
             "terms": tuple(_absolute_term(term) for term in recipe.terms),
             "out": recipe.out and str(Path(recipe.out).absolute()),

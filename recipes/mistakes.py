@@ -219,7 +219,12 @@ def _objectives(tree: Tree) -> Iterator[Mistake]:
     terms = tree.get("terms")
     if not isinstance(terms, list):
         return
-    from unlearn.objectives import OBJECTIVES, check_hyper, find  # noqa: PLC0415 - imports torch
+    from unlearn.objectives import (  # noqa: PLC0415 - imports torch
+        OBJECTIVES,
+        check_hyper,
+        find,
+        pair_mistake,
+    )
     from unlearn.objectives.user import is_user_loss  # noqa: PLC0415
 
     for index, term in enumerate(terms):
@@ -236,6 +241,8 @@ def _objectives(tree: Tree) -> Iterator[Mistake]:
             yield Mistake(("terms", index, "objective"), message)
             continue
         if isinstance(name, str):
+            if why := pair_mistake(name, term.get("rejected")):
+                yield Mistake(("terms", index, "rejected"), why)
             extras = {key: value for key, value in term.items() if key not in Term.model_fields}
             for key, value in extras.items():
                 misspelt = key not in find(name).hyper and _closest(key, Term.model_fields)

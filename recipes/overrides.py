@@ -1,9 +1,10 @@
 """Changes to a recipe before it is checked: nested keys, and ``--set KEY=VALUE`` texts.
 
 Keys are dotted (``training.learning_rate``). A term is named by its place or its stream
-(``terms.0.beta``, ``terms.retain.objective``). As in open-unlearning, ``gamma`` is the weight of
-the forget term and ``alpha`` that of the retain term; a bare hyperparameter such as ``beta`` means
-the one that is written in the recipe.
+(``terms.0.beta``, ``terms.retain.objective``; ``terms.forget`` also finds a term on other answers
+to the forget rows). As in open-unlearning, ``gamma`` is the weight of the forget term and ``alpha``
+that of the retain term; a bare hyperparameter such as ``beta`` means the one that is written in the
+recipe.
 """
 
 import copy
@@ -14,7 +15,7 @@ from pydantic import BaseModel
 
 from unlearn.errors import UserError
 from unlearn.recipes.mistakes import Mistake, RecipeError, section_type, unknown_key
-from unlearn.recipes.schema import Recipe, Term
+from unlearn.recipes.schema import Recipe, Term, rows_of
 from unlearn.recipes.yaml_text import Location, Tree, parse
 
 ALIASES = {"gamma": "terms.forget.weight", "alpha": "terms.retain.weight"}
@@ -107,12 +108,18 @@ def _term_index(tree: Tree, name: str) -> int:
         found = [int(name)] if int(name) < len(terms) else []
     else:
         found = [index for index, term in enumerate(terms) if term.get("on") == name]
+        found = found or [i for i, term in enumerate(terms) if _about(term) == name]
     if len(found) == 1:
         return found[0]
     if found:
         raise UserError(f"{len(found)} terms are on {name}; say which: {listed}")
     what = "no such term" if name.isdecimal() else f"no term is on '{name}'"
     raise UserError(f"{what}; there is {listed or 'none'}")
+
+
+def _about(term: dict[str, Any]) -> str:
+    """Name the rows that a term is about: a term on refusals is about the forget set."""
+    return rows_of(str(term.get("on")))
 
 
 def _check_known(parts: list[str]) -> None:

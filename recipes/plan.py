@@ -167,10 +167,10 @@ def _steps(prepared: Prepared) -> dict[str, int]:
 
 
 def _tokens(prepared: Prepared) -> dict[str, int]:
-    """Count expected real (not padding) tokens; every forget row brings one retain row."""
+    """Count expected real (not padding) tokens; every forget row brings one row of each stream."""
     means = [
         statistics.mean(len(example.input_ids) for example in stream.examples)
-        for stream in prepared.streams.values()
+        for stream in prepared.trained.values()
     ]
     rows = min(prepared.rows_per_step, len(prepared.streams["forget"].examples))
     per_step = round(sum(means) * rows)

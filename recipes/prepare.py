@@ -3,11 +3,23 @@
 import hashlib
 import json
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from unlearn import models
 from unlearn.data import Example, Template, encode, load_rows, pad_token_id
+from unlearn.data.answers import (
+    BELONGS,
+    SHIPPED,
+    Draws,
+    OtherAnswers,
+    alternates_of,
+    answered,
+    check_answerable,
+    read_refusals,
+)
+from unlearn.data.collate import StreamDataset
 from unlearn.engines import Engine
 from unlearn.errors import UserError
 from unlearn.evals.forget_retain import Split
@@ -19,11 +31,12 @@ from unlearn.training import Term
 
 @dataclass(frozen=True)
 class Stream:
-    """A set of rows as given and as tokenised."""
+    """A set of rows as given and as tokenised; ``draws`` tells which other answer is drawn when."""
 
     source: str
     rows: list[dict[str, Any]]
     examples: list[Example]
+    draws: Draws | None = None
 
     def sha256(self) -> str:
         """Hash the tokenised rows: what the model is actually trained on."""
@@ -37,7 +50,10 @@ class Stream:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A recipe with its tokenizer and its tokenised, masked rows."""
+    """A recipe with its tokenizer and its tokenised, masked rows.
+
+    ``measured`` holds hyperparameters that were measured at the frozen start, by term label.
+    """
 
     recipe: Recipe
     source: models.ModelSource
@@ -45,6 +61,7 @@ class Prepared:
     template: Template
     streams: dict[str, Stream]
     measures: Measures
+    measured: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     @property
     def pad_id(self) -> int:
@@ -53,10 +70,43 @@ class Prepared:
     @property
     def terms(self) -> list[Term]:
         """The recipe's terms with their objectives looked up."""
-        return [
-            Term(find(term.objective), term.on, term.weight, term.hyper)
+        found = [
+            Term(find(term.objective), term.on, term.weight, term.hyper, term.rejected)
             for term in self.recipe.terms
         ]
+        return [
+            replace(term, hyper={**term.hyper, **self.measured.get(term.label, {})})
+            for term in found
+        ]
+
+    @property
+    def given(self) -> dict[str, Stream]:
+        """The rows that the recipe names: forget and retain set."""
+        return {name: stream for name, stream in self.streams.items() if stream.draws is None}
+
+    @property
+    def trained(self) -> dict[str, Stream]:
+        """The streams that go through the model in training.
+
+        The retain set always does, so that the curve shows what happens to it; the forget set only
+        where a term reads it, and not only other answers to its questions.
+        """
+        read = {"retain", *self.recipe.read_streams()}
+        return {name: stream for name, stream in self.streams.items() if name in read}
+
+    @property
+    def dataset(self) -> StreamDataset:
+        """What training takes its rows from."""
+        return StreamDataset(
+            {name: stream.examples for name, stream in self.given.items()},
+            seed=self.recipe.seed,
+            others={
+                name: OtherAnswers(stream.draws, stream.examples)
+                for name, stream in self.streams.items()
+                if stream.draws
+            },
+            only=self.trained,
+        )
 
     @property
     def engine(self) -> Engine:
@@ -107,9 +157,43 @@ def prepare(recipe: Recipe, *, offline: bool = False) -> Prepared:
     splits = {name: Split(one.rows, one.examples, template) for name, one in streams.items()}
     measures = find_measures(recipe, splits, template, offline=offline)
     prepared = Prepared(recipe, source, tokenizer, template, streams, measures)
+    prepared = replace(prepared, streams=streams | _other_answers(prepared))
     _check_vocabularies(prepared)
     _check_terms(prepared)
     return prepared
+
+
+def _other_answers(prepared: Prepared) -> dict[str, Stream]:
+    """Tokenise the other answers that the run will draw, for the terms that read them."""
+    wanted = sorted(name for name in prepared.recipe.read_streams() if name in BELONGS)
+    return {name: _drawn(prepared, name) for name in wanted}
+
+
+def _drawn(prepared: Prepared, name: str) -> Stream:
+    recipe, data = prepared.recipe, prepared.recipe.data
+    asked = prepared.streams[BELONGS[name]]
+    check_answerable(asked.rows, name, asked.source)
+    if name == "alternate":
+        source, texts = asked.source, alternates_of(asked.rows, asked.source)
+    else:
+        source, refusals = data.refusals or SHIPPED, read_refusals(data.refusals)
+        texts = [refusals] * len(asked.rows)
+    epochs = max(1, -(-prepared.steps // prepared.steps_per_epoch))
+    draws = Draws(name, recipe.seed, [len(each) for each in texts], epochs, {})
+    base = prepared.dataset
+    drawn = sorted(
+        {
+            (row, draws.answer(epoch, row))
+            for epoch in range(epochs)
+            for row in {base.row(draws.belongs, epoch, index) for index in range(len(base))}
+        }
+    )
+    rows = [answered(asked.rows[row], texts[row][answer]) for row, answer in drawn]
+    examples = encode(
+        rows, prepared.tokenizer, prepared.template, max_length=data.max_length, source=source
+    )
+    places = {pair: place for place, pair in enumerate(drawn)}
+    return Stream(source, rows, examples, replace(draws, places=places))
 
 
 def sibling(source: models.ModelSource, path: str) -> models.ModelSource:

@@ -10,7 +10,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from unlearn.recipes.prepare import Prepared, prepare, sibling
 from unlearn.recipes.results import put_together, stored_results
 from unlearn.recipes.schema import Recipe
 from unlearn.recipes.selection import Selection, check_rule
-from unlearn.recipes.train import train, whole_model
+from unlearn.recipes.train import measure_start, train, whole_model
 from unlearn.runs import RunFolder, command_line, staged, versions, write_atomic, write_json
 
 Emit = Callable[[dict[str, Any]], None]
@@ -202,6 +202,10 @@ class _Run:
             raise UserError(message, "restore it, or start a new run")
         self.manifest["device"] = str(model.device)
         self.manifest["processes"] = self.ranks.size
+        known = replace(self.prepared, measured=self.manifest.get("measured", {}))
+        self.prepared = measure_start(known, model)
+        if self.prepared.measured:
+            self.manifest["measured"] = self.prepared.measured
         self.write(self.folder.manifest, self.manifest)
         if self.checkpoint:
             self._go_back(self.checkpoint)

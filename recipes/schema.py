@@ -12,16 +12,20 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    SerializerFunctionWrapHandler,
     ValidationInfo,
     field_validator,
+    model_serializer,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
 
+from unlearn.data.answers import BELONGS
 from unlearn.errors import UserError
 from unlearn.recipes.passthrough import KNOWN_OPTIMIZERS, check_optimizer, passthrough_mistakes
 
-Stream = Literal["forget", "retain"]
+Stream = Literal["forget", "retain", "refusal", "retain_refusal", "alternate"]
+"""Rows that a term can be on; the last three are other answers to the questions of these rows."""
 Engine = Literal["none", "ddp", "fsdp2", "zero2", "zero3", "zero3-offload"]
 Scheduler = Literal[
     "linear",
@@ -110,6 +114,8 @@ class DataSection(_Section):
     """Standard name -> column in the file, for instance {question: q, answer: a}."""
     template: Annotated[str | None, AfterValidator(_has_question)] = None
     """Prompt text with {question}; the answer follows directly. null: the chat template."""
+    refusals: str | None = Field(default=None, min_length=1)
+    """File with one refusal per line, for terms on refusals; null: about 30 that ship."""
     system_prompt: str | None = None
     """System message put before every prompt, for chat templates that know one."""
     template_args: dict[str, Any] = Field(default_factory=dict)
@@ -126,7 +132,9 @@ class Term(_Section):
     objective: str = Field(min_length=1)
     """What is minimised, for instance npo or nll."""
     on: Stream
-    """The rows it sees."""
+    """The rows it sees; for an objective on pairs, the answers that are to become likelier."""
+    rejected: Stream | None = None
+    """For an objective on pairs: the answers that are to become less likely."""
     weight: float = Field(default=1.0, ge=0)
     """Factor in the total loss; gamma (forget) and alpha (retain) in the literature."""
 
@@ -134,6 +142,36 @@ class Term(_Section):
     def hyper(self) -> dict[str, Any]:
         """The objective's hyperparameters, as written."""
         return dict(self.__pydantic_extra__ or {})
+
+    @property
+    def streams(self) -> tuple[Stream, ...]:
+        """The streams it reads."""
+        return (self.on,) if self.rejected is None else (self.on, self.rejected)
+
+    @field_validator("rejected")
+    @classmethod
+    def _answers_to_one_question(cls, value: Stream | None, info: ValidationInfo) -> Stream | None:
+        on = info.data.get("on")
+        if value is None or on is None:
+            return value
+        if value == on:
+            raise ValueError(f"'{value}' given, which is `on` too; a pair has two answers")
+        if rows_of(value) != rows_of(on):
+            raise ValueError(
+                f"'{value}' given, but `on: {on}` answers the {rows_of(on)} rows; "
+                "a pair answers one question"
+            )
+        return value
+
+    @model_serializer(mode="wrap")
+    def _without_absent_pair(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        written: dict[str, Any] = write(self)
+        return {key: value for key, value in written.items() if (key, value) != ("rejected", None)}
+
+
+def rows_of(stream: str) -> str:
+    """Name the rows that a stream is about: ``forget`` or ``retain``."""
+    return BELONGS.get(stream, stream)
 
 
 def _steps(value: int) -> int:
@@ -320,7 +358,7 @@ class EvalsSection(_Section):
 
 
 def _forgets(terms: tuple[Term, ...]) -> tuple[Term, ...]:
-    if not any(term.on == "forget" for term in terms):
+    if not any(rows_of(stream) == "forget" for term in terms for stream in term.streams):
         raise ValueError(
             "no term is on forget, so nothing would be forgotten; give one `on: forget`"
         )
@@ -382,9 +420,13 @@ class Recipe(_Section):
             raise PydanticCustomError("trainable", "{why}", {"why": message})
         return self
 
+    def read_streams(self) -> set[str]:
+        """Name the streams that terms read."""
+        return {stream for term in self.terms for stream in term.streams}
+
     def missing(self) -> list[str]:
         """List what a run still needs, one line each, with the flag that gives it."""
-        retains = [term.objective for term in self.terms if term.on == "retain"]
+        retains = [term.objective for term in self.terms if rows_of(term.on) == "retain"]
         needs = [
             ("model.path", self.model.path, "--model, the model to change"),
             ("data.forget", self.data.forget, "--forget, the rows to forget"),

@@ -2,7 +2,9 @@
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import fields
+from dataclasses import fields, replace
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from unlearn import checkpoints, models, monitors, reference
 from unlearn.activations import check_layer
-from unlearn.data.collate import Collator, StreamDataset
+from unlearn.data.collate import Collator, EpochSampler
 from unlearn.engines import SHARDED, engine_arguments, is_sharded, put_trained, trained_weights
 from unlearn.errors import Interrupted
 from unlearn.packing import can_pack, packable
@@ -25,6 +27,8 @@ from unlearn.scores import Scorer
 from unlearn.training import UnlearningTrainer
 
 Emit = Callable[[dict[str, Any]], None]
+FIRST_ROWS = 64
+"""Rows over which the frozen start is measured."""
 
 
 def train(
@@ -122,6 +126,7 @@ def make_trainer(
 ) -> UnlearningTrainer:
     """Build the trainer: adapters, scorer with its self-check, reference, data and callbacks."""
     recipe = prepared.recipe
+    prepared = measure_start(prepared, model)
     choose_trained(prepared, model)
     scorer = Scorer.for_model(model)
     stored = _stored_reference(prepared, model, scorer, weights_hash, emit)
@@ -131,9 +136,7 @@ def make_trainer(
     trainer = UnlearningTrainer(
         model=model,
         args=training_arguments(prepared, folder.checkpoints),
-        train_dataset=StreamDataset(
-            {name: stream.examples for name, stream in prepared.streams.items()}, seed=recipe.seed
-        ),
+        train_dataset=prepared.dataset,
         data_collator=Collator(prepared.pad_id, stored),
         terms=prepared.terms,
         scorer=scorer,
@@ -149,13 +152,33 @@ def make_trainer(
     return trainer
 
 
+def measure_start(prepared: Prepared, model: Any) -> Prepared:
+    """Fill in what terms ask of the frozen start, where neither recipe nor run has it yet.
+
+    That is the mean token norm after a layer, for a vector that is to suit it. It is taken over the
+    first :data:`FIRST_ROWS` rows of the first epoch, in the order of training, on one process: so
+    it depends on the seed and the rows, not on batch size, accumulation or number of processes.
+    """
+    found = dict(prepared.measured)
+    for term in prepared.terms:
+        name = term.objective.measured
+        if name and term.hyper.get(name) is None and term.layer is not None:
+            check_layer(model, term.layer)
+            dataset = prepared.dataset
+            order = islice(EpochSampler(len(dataset), seed=dataset.seed), FIRST_ROWS)
+            rows = [dataset[at][term.on].example for at in order]
+            measure = partial(reference.mean_token_norm, model, rows, term.layer)
+            found[term.label] = {name: Ranks.world().first(measure)}
+    return replace(prepared, measured=found)
+
+
 def _stored_streams(prepared: Prepared) -> set[str]:
     """Name the streams whose reference is a list of stored token log-probs."""
     if prepared.recipe.training.reference == "live":
         return set()
     asking = [term for term in prepared.terms if term.objective.uses_reference]
-    live = {term.on for term in asking if term.objective.reads != "scores"}
-    return {term.on for term in asking} - live
+    live = {s for term in asking if term.objective.reads != "scores" for s in term.streams}
+    return {stream for term in asking for stream in term.streams} - live
 
 
 def lora_of(prepared: Prepared) -> models.Lora | None:
@@ -172,14 +195,13 @@ def choose_trained(prepared: Prepared, model: Any) -> None:
     if patterns := prepared.recipe.training.trainable:
         models.train_only(model, patterns)
     for term in prepared.terms:
-        _, layer = term.reads
-        if layer is not None:
-            check_layer(model, layer)
+        if term.layer is not None:
+            check_layer(model, term.layer)
 
 
 def needs_live(prepared: Prepared) -> bool:
     """Tell whether a term must ask the frozen starting model during training."""
-    asking = {term.on for term in prepared.terms if term.objective.uses_reference}
+    asking = {s for t in prepared.terms if t.objective.uses_reference for s in t.streams}
     return bool(asking - _stored_streams(prepared))
 
 

@@ -22,14 +22,18 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from unlearn.activations import Activations, read_layer
+from unlearn.data.collate import batches_by_length, pad
 from unlearn.data.encode import Example
 from unlearn.ranks import Ranks
 from unlearn.runs import write_atomic
 from unlearn.scores import Scorer, Scores, label_mask
-from unlearn.scoring import scored
+from unlearn.scoring import evaluation_mode, scored
 
 LAYOUT = 1
 """Raise when the meaning of the stored numbers changes."""
+
+NORM_TOKENS = 2048
+"""Padded tokens in one forward pass of :func:`mean_token_norm`."""
 
 Progress = Callable[[int, int], None]
 
@@ -95,6 +99,24 @@ def stored_rows(
     except OSError as error:
         warnings.warn(f"the reference is not kept for the next run: {error}", stacklevel=2)
     return rows
+
+
+@torch.no_grad()
+def mean_token_norm(model: Any, examples: Sequence[Example], layer: int) -> float:
+    """Give the mean length of what leaves a layer at the labelled tokens of these rows.
+
+    The mean runs over all labelled tokens, so it does not depend on how rows are batched.
+    """
+    total, count = 0.0, 0
+    device = next(model.parameters()).device
+    with evaluation_mode(model):
+        for group in batches_by_length([len(one.input_ids) for one in examples], NORM_TOKENS):
+            padded = pad([examples[place] for place in group], 0)
+            batch = {name: part.to(device) for name, part in padded.items()}
+            read = read_layer(model, {"": batch}, layer)[""]
+            total += float(read.hidden.norm(dim=-1)[read.mask].double().sum())
+            count += int(read.mask.sum())
+    return total / count
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import math
 import os
 import shutil
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,19 +35,40 @@ Reads = tuple[str, int | None]
 
 @dataclass(frozen=True)
 class Term:
-    """An objective on a stream, with a weight and its hyperparameters."""
+    """An objective on a stream, with a weight and its hyperparameters.
+
+    ``rejected``, for an objective on pairs, is the stream of the answers to become less likely; its
+    rows belong to those of ``on``, one to one.
+    """
 
     objective: Objective
     on: str
     weight: float = 1.0
     hyper: Mapping[str, Any] = field(default_factory=dict)
+    rejected: str | None = None
 
     @property
-    def reads(self) -> Reads:
-        """The stream it reads, and the layer when it reads hidden states."""
+    def streams(self) -> tuple[str, ...]:
+        """The streams it reads."""
+        return (self.on,) if self.rejected is None else (self.on, self.rejected)
+
+    @property
+    def layer(self) -> int | None:
+        """The layer it reads, when it reads hidden states."""
         if self.objective.reads != "hidden":
-            return self.on, None
-        return self.on, {**self.objective.hyper, **self.hyper}["layer"]
+            return None
+        return int({**self.objective.hyper, **self.hyper}["layer"])
+
+    @property
+    def reads(self) -> tuple[Reads, ...]:
+        """The streams it reads, each with the layer."""
+        return tuple((stream, self.layer) for stream in self.streams)
+
+    def said(
+        self, policy: Mapping[Reads, Said], reference: Mapping[Reads, Said]
+    ) -> list[Said | None]:
+        """Give what model and frozen start say about what it reads, stream by stream."""
+        return [said for at in self.reads for said in (policy[at], reference.get(at))]
 
     @property
     def label(self) -> str:
@@ -91,7 +112,8 @@ class UnlearningTrainer(Trainer):
         self._want: dict[str, set[str]] = defaultdict(set)
         for term in self.terms:
             if term.objective.reads in ("labelled", "logits"):
-                self._want[term.on].add(term.objective.reads)
+                for stream in term.streams:
+                    self._want[stream].add(term.objective.reads)
         if any(isinstance(loss, Stateful) for loss in self.losses):
             self.add_callback(Memory(self))
 
@@ -175,12 +197,13 @@ class UnlearningTrainer(Trainer):
             policy = self._policy(model, inputs)  # that it goes back through
             parts = []
             for term, loss in zip(self.terms, self.losses, strict=True):
-                said = policy[term.reads], reference.get(term.reads)
-                part = term.objective.apply(loss, *said).sum() / counts[term.label].clamp_min(1)
+                losses = term.objective.apply(loss, *term.said(policy, reference))
+                part = losses.sum() / counts[term.label].clamp_min(1)
                 self._read(term.label, part)
                 parts.append(term.weight * part)
+        labels = {term.label for term in self.terms}  # a term may be that very mean
         for (stream, _), scores in policy.items():
-            if isinstance(scores, Scores):
+            if isinstance(scores, Scores) and f"{stream}/nll" not in labels:
                 self._read(f"{stream}/nll", -scores.log_probs.sum() / counts[stream])
         # Engines average gradients over ranks, the counts are global: undo the average.
         return torch.stack(parts).sum() * self.accelerator.num_processes
@@ -208,7 +231,7 @@ class UnlearningTrainer(Trainer):
 
     def _policy(self, model: Any, inputs: Mapping[str, Batch]) -> dict[Reads, Said]:
         """Ask the model once for scores, and once per layer for what leaves it."""
-        reads = {term.reads for term in self.terms}
+        reads = _reads(self.terms)
         hidden_only = {stream for stream, _ in reads} - {s for s, layer in reads if layer is None}
         asked = {stream: inputs[stream] for stream in inputs if stream not in hidden_only}
         scores = self.scorer.streams(model, asked, want=self._want) if asked else {}
@@ -222,12 +245,14 @@ class UnlearningTrainer(Trainer):
     def _reference(self, model: Any, inputs: Mapping[str, Batch]) -> dict[Reads, Said]:
         found: dict[Reads, Said] = {}
         asked: dict[int | None, dict[str, Batch]] = defaultdict(dict)
+        asking = [term for term in self.terms if term.objective.uses_reference]
         asked_whole = {
-            term.on
-            for term in self.terms
-            if term.objective.uses_reference and term.objective.reads in ("labelled", "logits")
+            stream
+            for term in asking
+            if term.objective.reads in ("labelled", "logits")
+            for stream in term.streams
         }
-        for stream, layer in {term.reads for term in self.terms if term.objective.uses_reference}:
+        for stream, layer in _reads(asking):
             batch = inputs[stream]
             stored = "reference_log_probs" in batch and stream not in asked_whole
             if layer is None and stored:
@@ -306,6 +331,11 @@ class Memory(TrainerCallback, ExportableState):
         losses = self.trainer.losses
         states = [loss.state_dict() if isinstance(loss, Stateful) else None for loss in losses]
         return {"args": {}, "attributes": {"states": states}}
+
+
+def _reads(terms: Iterable[Term]) -> list[Reads]:
+    """List what terms read, each once."""
+    return list(dict.fromkeys(read for term in terms for read in term.reads))
 
 
 def _total(parts: Any) -> Tensor:

@@ -9,7 +9,13 @@ from matplotlib.ticker import MaxNLocator
 
 from unlearn.evals.report.plots import LINES, Plot, drawing, tidy, to_plot
 
-TITLES = {"forget": "Forget set", "retain": "Retain set"}
+TITLES = {
+    "forget": "Forget set",
+    "retain": "Retain set",
+    "refusal": "Forget set, refused",
+    "alternate": "Forget set, other answers",
+    "retain_refusal": "Retain set, refused",
+}
 
 
 def draw_curve(curve: Sequence[Mapping[str, Any]]) -> Plot | None:

@@ -16,7 +16,10 @@ GROUPS = {
         *("model", "model_sha256", "weights_sha256", "model written", "retain_model", "models"),
         *("adapter", "tokenizer", "template", "dtype", "device"),
     ),
-    "Data": ("data", "data_sha256", "forget", "retain", "holdout", "pairs", "text", "tasks"),
+    "Data": (
+        *("data", "data_sha256", "forget", "retain", "refusal", "retain_refusal", "alternate"),
+        *("holdout", "pairs", "text", "tasks"),
+    ),
     "Versions": ("versions",),
     "Time and memory": (
         *("started", "finished", "took", "seconds", "training", "evaluation"),

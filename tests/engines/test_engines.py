@@ -32,7 +32,14 @@ VARIANTS = {
     "kl": ["terms.retain.objective=kl"],
     "kl-lora": ["terms.retain.objective=kl", "model.lora.rank=4"],
     "selected": ["evals.every=2", "evals.select_best.metric=forget_Q_A_Prob"],
-}
+    "refused": [],
+    "measured": [
+        "terms.forget.layer=1", "terms.retain.layer=1", "terms.retain.weight=1",
+        "training.trainable=[down_proj]",
+    ],
+}  # fmt: skip
+METHODS = {"refused": "idk_dpo", "measured": "adaptive_rmu"}
+"""Variants of another method than NPO."""
 EXACT = {"rtol": 0, "atol": 1e-4}
 Started = Callable[..., dict[str, Any]]
 
@@ -57,19 +64,21 @@ def place(tmp_path_factory: Any) -> Path:
 
 
 def command(
-    out: str, *arguments: str, settings: list[str], program: Sequence[str] = COMMAND
+    out: str,
+    *arguments: str,
+    settings: list[str],
+    program: Sequence[str] = COMMAND,
+    method: str = "npo",
 ) -> list[str]:
     given = ["--model", "model", "--forget", "forget.jsonl", "--retain", "retain.jsonl"]
     changes = [part for setting in (*SETTINGS, *settings) for part in ("--set", setting)]
-    return [*program, "run", "npo", *given, "--out", out, *arguments, *changes,
+    return [*program, "run", method, *given, "--out", out, *arguments, *changes,
             "--json", "--offline"]  # fmt: skip
 
 
-def started(
-    place: Path, out: str, *arguments: str, settings: list[str], program: Sequence[str] = COMMAND
-) -> dict[str, Any]:
-    """Run NPO with the real command; give its results with the steps as they were logged."""
-    words = command(out, *arguments, settings=settings, program=program)
+def started(place: Path, out: str, *arguments: str, **how: Any) -> dict[str, Any]:
+    """Run a method with the real command; give its results with the steps as they were logged."""
+    words = command(out, *arguments, **how)
     done = subprocess.run(words, cwd=place, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout)
@@ -79,7 +88,8 @@ def alone(place: Path, variant: str, extra: tuple[str, ...] = ()) -> Path:
     """Give the run of one process, done once per variant."""
     out = "-".join(["alone", variant, *extra]).replace(".", "_")
     if not (place / out).exists():
-        started(place, out, settings=[*VARIANTS[variant], *extra])
+        method = METHODS.get(variant, "npo")
+        started(place, out, settings=[*VARIANTS[variant], *extra], method=method)
     return place / out
 
 
@@ -120,7 +130,8 @@ def written(folder: Path) -> list[int]:
 def matches(place: Path, engine: str, variant: str, extra: tuple[str, ...] = ()) -> None:
     out = "-".join([engine, variant, *extra]).replace(".", "_")
     settings = [*VARIANTS[variant], *extra]
-    started(place, out, "--nproc", "2", "--engine", engine, settings=settings)
+    method = METHODS.get(variant, "npo")
+    started(place, out, "--nproc", "2", "--engine", engine, settings=settings, method=method)
     same(alone(place, variant, extra), place / out)
 
 

@@ -16,6 +16,8 @@ from unlearn.errors import UserError
 from unlearn.objectives import OBJECTIVES, batch_loss, check_hyper
 from unlearn.scores import Scores
 
+MEASURED = {"adaptive_rmu": {"token_norm": 2.0}}
+"""What a run would measure by itself."""
 NEEDS_REFERENCE = [name for name, objective in OBJECTIVES.items() if objective.uses_reference]
 
 
@@ -38,9 +40,23 @@ def said(name: str, numbers: Any, labels: Any, attention: Any = None) -> Any:
     return Activations.of(numbers, {"labels": labels, "attention_mask": attention})
 
 
+def all_said(name: str, logits: Any, other: Any, labels: Any) -> list[Any]:
+    """Policy, reference and, for pairs, the same of rejected answers made from the other logits."""
+    objective = OBJECTIVES[name]
+    rejected = other.flip(-1), other.roll(1, dims=-1)
+    numbers = (
+        logits,
+        other if objective.uses_reference else None,
+        rejected[0] if objective.compares else None,
+        rejected[1] if objective.compares and objective.uses_reference else None,
+    )
+    return [None if each is None else said(name, each, labels) for each in numbers]
+
+
 def value(name: str, logits: Any, other: Any, labels: Any, **hyper: Any) -> Any:
-    reference = said(name, other, labels) if name in NEEDS_REFERENCE else None
-    return batch_loss(name, said(name, logits, labels), reference, **hyper)
+    policy, reference, rejected, start = all_said(name, logits, other, labels)
+    hyper = MEASURED.get(name, {}) | hyper
+    return batch_loss(name, policy, reference, rejected=rejected, rejected_reference=start, **hyper)
 
 
 def test_nll_of_uniform_logits_is_log_vocabulary() -> None:
@@ -117,12 +133,28 @@ def test_the_control_vector_is_positive_and_depends_on_its_seed_alone() -> None:
     assert not torch.equal(vectors[0], vectors[2])
 
 
+def dpo_of(record: Any, rejected: Any, rejected_reference: Any) -> Any:
+    """The logits and the gradient of a record are about its losing answers."""
+    winning = [
+        said(
+            "dpo",
+            torch.tensor(record[key], dtype=torch.float64),
+            torch.tensor(record["win_labels"]),
+        )
+        for key in ("win_logits", "win_ref_logits")
+    ]
+    return batch_loss(
+        "dpo", *winning, rejected=rejected, rejected_reference=rejected_reference, **record["hyper"]
+    )
+
+
 def test_parity_with_open_unlearning(shared: Path) -> None:
     """Losses and gradients equal open-unlearning's own functions to 1e-9 in float64."""
     records = json.loads((shared / "parity" / "objectives.json").read_text())["records"]
     records = [record for record in records if record["name"] in OBJECTIVES]
     assert {record["name"] for record in records} >= {
-        "npo", "grad_ascent", "nll", "kl_all_positions", "simnpo", "satimp", "wga", "ceu", "undial"
+        "npo", "dpo", "grad_ascent", "nll", "kl_all_positions", "simnpo", "satimp", "wga", "ceu",
+        "undial",
     }  # fmt: skip
     # these records label all positions, so that the whole input and the labels are the same
     whole = [record for record in records if record["name"] == "undial"]
@@ -131,7 +163,10 @@ def test_parity_with_open_unlearning(shared: Path) -> None:
         logits = torch.tensor(record["logits"], dtype=torch.float64, requires_grad=True)
         labels = torch.tensor(record["labels"])
         other = torch.tensor(record.get("ref_logits", record["logits"]), dtype=torch.float64)
-        loss = value(record["name"], logits, other, labels, **record["hyper"])
+        if record["name"] == "dpo":
+            loss = dpo_of(record, said("dpo", logits, labels), said("dpo", other, labels))
+        else:
+            loss = value(record["name"], logits, other, labels, **record["hyper"])
         loss.backward()
         assert loss.item() == pytest.approx(record["loss"], abs=1e-9)
         expected = torch.tensor(record["grad_logits"], dtype=torch.float64)
@@ -142,8 +177,7 @@ def test_parity_with_open_unlearning(shared: Path) -> None:
 def test_one_finite_value_per_unit(name: str) -> None:
     logits, other, labels = random_pair(4)
     objective = OBJECTIVES[name]
-    policy, reference = said(name, logits, labels), said(name, other, labels)
-    values = objective(policy, reference)
+    values = objective(*all_said(name, logits, other, labels), **MEASURED.get(name, {}))
     assert values.shape == ((3,) if objective.unit == "sequence" else (3, 7))
     assert values.isfinite().all()
     values.sum().backward()
@@ -171,8 +205,8 @@ def test_units_add_up_over_any_split_of_the_batch(name: str, seed: int, cut: int
     whole = value(name, logits, other, labels)
     objective, total, units = OBJECTIVES[name], 0.0, 0
     for rows in (slice(0, cut), slice(cut, 3)):
-        policy = said(name, logits[rows], labels[rows])
-        total += objective(policy, said(name, other[rows], labels[rows])).sum()
+        given = all_said(name, logits[rows], other[rows], labels[rows])
+        total += objective(*given, **MEASURED.get(name, {})).sum()
         batch = {"labels": labels[rows], "attention_mask": torch.ones_like(labels[rows])}
         units += objective.count(batch)
     torch.testing.assert_close(total / units, whole)

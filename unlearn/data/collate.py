@@ -4,9 +4,7 @@ Which retain row meets forget row ``i`` in epoch ``e`` is a pure function of ``(
 does not depend on worker count, rank or whether the run was interrupted.
 """
 
-import hashlib
-import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
+from unlearn.data.answers import OtherAnswers
+from unlearn.data.draws import uniform
 from unlearn.data.encode import Example
 
 IGNORE = -100
@@ -21,15 +21,9 @@ EMPTY = -1
 """Index of a row that holds nothing: it fills up the batches, so that every rank gets as many."""
 
 
-def _uniform(seed: int, epoch: int, index: int, size: int) -> int:
-    """Give a uniform integer below ``size`` that is a pure function of its arguments."""
-    digest = hashlib.blake2b(struct.pack("<qqq", seed, epoch, index), digest_size=8).digest()
-    return int.from_bytes(digest, "little") % size
-
-
 def retain_partner(seed: int, epoch: int, index: int, num_retain: int) -> int:
     """Give the retain row that meets forget row ``index`` in this epoch (with replacement)."""
-    return _uniform(seed, epoch, index, num_retain)
+    return uniform(seed, epoch, index, num_retain)
 
 
 def pad(
@@ -66,29 +60,50 @@ NOTHING = Example(input_ids=[0], labels=[IGNORE], prompt_length=1, row=EMPTY, im
 
 
 class StreamDataset(Dataset):
-    """Every forget row with the partner rows of the other streams, addressed by (epoch, index).
+    """Every forget row with the rows of the other streams that meet it, by (epoch, index).
 
-    The length is that of the anchor stream: the forget set, or the only stream there is.
+    The length is that of the anchor stream: the forget set, or the only stream there is. Rows of
+    other streams are drawn, except that ``others`` follow the rows whose questions they answer.
+    Items hold all streams, or those named in ``only``.
     """
 
-    def __init__(self, streams: Mapping[str, Sequence[Example]], *, seed: int) -> None:
+    def __init__(
+        self,
+        streams: Mapping[str, Sequence[Example]],
+        *,
+        seed: int,
+        others: Mapping[str, OtherAnswers] | None = None,
+        only: Collection[str] | None = None,
+    ) -> None:
         self.streams = dict(streams)
+        self.others = dict(others or {})
         self.seed = seed
         self.anchor = "forget" if "forget" in streams else next(iter(streams))
+        self.only = {*self.streams, *self.others} if only is None else set(only)
 
     def __len__(self) -> int:
         return len(self.streams[self.anchor])
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Item]:
         epoch, index = key
+        names = [name for name in (*self.streams, *self.others) if name in self.only]
         if index == EMPTY:
-            return {name: Item(NOTHING, EMPTY) for name in self.streams}
-        item = {}
-        for name, examples in self.streams.items():
-            anchored = name == self.anchor
-            at = index if anchored else retain_partner(self.seed, epoch, index, len(examples))
-            item[name] = Item(examples[at], at)
-        return item
+            return {name: Item(NOTHING, EMPTY) for name in names}
+        return {name: self._item(name, epoch, index) for name in names}
+
+    def row(self, stream: str, epoch: int, index: int) -> int:
+        """Give the row of a stream that takes part when the anchor's row is ``index``."""
+        if stream == self.anchor:
+            return index
+        return retain_partner(self.seed, epoch, index, len(self.streams[stream]))
+
+    def _item(self, name: str, epoch: int, index: int) -> Item:
+        if name in self.streams:
+            at = self.row(name, epoch, index)
+            return Item(self.streams[name][at], at)
+        other = self.others[name]
+        at = other.draws.place(epoch, self.row(other.draws.belongs, epoch, index))
+        return Item(other.examples[at], at)
 
 
 class EpochSampler(Sampler[tuple[int, int]]):
@@ -111,7 +126,7 @@ class EpochSampler(Sampler[tuple[int, int]]):
         return self.size + self.empty
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        generator = torch.Generator().manual_seed(_uniform(self.seed, self.epoch, -1, 2**62))
+        generator = torch.Generator().manual_seed(uniform(self.seed, self.epoch, -1, 2**62))
         for index in torch.randperm(self.size, generator=generator).tolist():
             yield self.epoch, index
         for _ in range(self.empty):

@@ -1,10 +1,13 @@
 """The objectives, in one table. An objective never averages: the trainer divides.
 
-To add one: write the function in the file of its kind (``token.py``, ``sequence.py``,
-``labelled.py``, …) and name it in the table below. Its signature says the rest: a ``reference``
-parameter asks for the frozen starting model, keyword-only parameters are hyperparameters. One that
-remembers something between steps is a dataclass with ``__call__``, see ``dual.py``. A loss of your
-own needs no table: its name is ``FILE.py:FUNCTION``, see ``user.py``.
+To add one: write the function in the file of its kind (``token.py``, ``sequence.py``, ``pair.py``,
+``labelled.py``, …) and name it in the table below. Its signature says the rest. The names of its
+positional parameters ask for data: ``policy`` is what the model being changed says, ``reference``
+what the frozen start says. An objective on pairs names both answers instead: ``chosen`` and
+``rejected``, and ``chosen_reference`` and ``rejected_reference`` for what the start says of them.
+Keyword-only parameters are hyperparameters. One that remembers something between steps is a
+dataclass with ``__call__``, see ``dual.py``. A loss of your own needs no table: its name is
+``FILE.py:FUNCTION``, see ``user.py``.
 """
 
 from collections.abc import Callable, Mapping
@@ -20,8 +23,9 @@ from unlearn.errors import UserError, did_you_mean, unknown
 from unlearn.objectives import weighting
 from unlearn.objectives.distribution import kl, kl_all_positions, kl_labels
 from unlearn.objectives.dual import pdu_retain
-from unlearn.objectives.hidden import embed_diff, rmu
+from unlearn.objectives.hidden import adaptive_rmu, embed_diff, rmu
 from unlearn.objectives.labelled import ceu, max_entropy, pdu, undial, undial_all_positions
+from unlearn.objectives.pair import ap, dpo
 from unlearn.objectives.reweighted import (
     ga_annotated,
     ga_sampled,
@@ -69,8 +73,9 @@ class Objective:
     It reads ``scores``, scores with the logits at ``labelled`` positions or with all ``logits``, or
     the ``hidden`` states that leave a layer, whose number is then its hyperparameter ``layer``.
     ``annotated``: the rows must have a column ``important``. ``couples_rows`` tells for which
-    hyperparameters the rows of one forward pass weigh on each other. ``sha256``: of the file that a
-    loss from outside this table comes from.
+    hyperparameters the rows of one forward pass weigh on each other. ``measured`` names the
+    hyperparameter that a run measures at the frozen start, where it is not given. ``sha256``: of
+    the file that a loss from outside this table comes from.
     """
 
     function: Callable[..., Any]
@@ -78,6 +83,7 @@ class Objective:
     reads: Literal["scores", "labelled", "logits", "hidden"] = "scores"
     annotated: bool = False
     couples_rows: Callable[[Hyper], bool] = lambda hyper: False
+    measured: str | None = None
     sha256: str | None = None
 
     @property
@@ -88,7 +94,17 @@ class Objective:
     @property
     def uses_reference(self) -> bool:
         """Whether the frozen starting model is needed."""
-        return "reference" in data_names(self.function)
+        return any(name.endswith("reference") for name in self.data)
+
+    @property
+    def compares(self) -> bool:
+        """Whether it is an objective on pairs of answers."""
+        return "rejected" in self.data
+
+    @property
+    def data(self) -> list[str]:
+        """The names of the data it is given, in order."""
+        return data_names(self.function)
 
     @property
     def hyper(self) -> dict[str, Any]:
@@ -101,13 +117,30 @@ class Objective:
             return self.function(**hyper)
         return partial(self.function, **hyper)
 
-    def __call__(self, policy: Said, reference: Said | None, **hyper: Any) -> Tensor:
-        """Give one loss per unit; positions that do not count are 0."""
-        return self.apply(self.bound(hyper), policy, reference)
+    def __call__(self, *said: Said | None, **hyper: Any) -> Tensor:
+        """Give one loss per unit; positions that do not count are 0. See :meth:`apply`."""
+        return self.apply(self.bound(hyper), *said)
 
-    def apply(self, bound: Callable[..., Tensor], policy: Said, reference: Said | None) -> Tensor:
-        """Give one loss per unit of a loss that :meth:`bound` has made."""
-        losses = bound(*((policy, reference) if self.uses_reference else (policy,)))
+    def apply(
+        self,
+        bound: Callable[..., Tensor],
+        policy: Said | None,
+        reference: Said | None = None,
+        rejected: Said | None = None,
+        rejected_reference: Said | None = None,
+    ) -> Tensor:
+        """Give one loss per unit of a loss that :meth:`bound` has made.
+
+        For an objective on pairs ``policy`` and ``reference`` are about the chosen answers.
+        """
+        assert policy is not None
+        given = {
+            **dict.fromkeys(("policy", "chosen"), policy),
+            **dict.fromkeys(("reference", "chosen_reference"), reference),
+            "rejected": rejected,
+            "rejected_reference": rejected_reference,
+        }
+        losses = bound(*(given[name] for name in self.data))
         empty = ~policy.attended.any(-1)
         return losses.masked_fill(empty.reshape(-1, *[1] * (losses.dim() - 1)), 0.0)
 
@@ -130,7 +163,7 @@ OBJECTIVES: dict[str, Objective] = {
             for f in (satimp, simsat, simimp)
         ),
         Objective(ga_annotated, "token", annotated=True),
-        *(Objective(f, "sequence") for f in (npo, npo_sampled, simnpo)),
+        *(Objective(f, "sequence") for f in (npo, npo_sampled, simnpo, dpo, ap)),
         Objective(npo_annotated, "sequence", annotated=True),
         Objective(kl, "position", reads="logits"),
         Objective(kl_labels, "token", reads="logits"),
@@ -140,6 +173,7 @@ OBJECTIVES: dict[str, Objective] = {
         Objective(ceu, "later token", reads="labelled"),
         Objective(pdu_retain, "token"),
         *(Objective(f, "token", reads="hidden") for f in (rmu, embed_diff)),
+        Objective(adaptive_rmu, "token", reads="hidden", measured="token_norm"),
     )
 }
 
@@ -176,8 +210,29 @@ def check_hyper(name: str, hyper: Mapping[str, Any]) -> list[str]:
     return mistakes
 
 
+def pair_mistake(name: str, rejected: Any) -> str:
+    """Say what is wrong with giving, or not giving, the rejected answers of pairs to an objective.
+
+    Empty when nothing is.
+    """
+    objective = find(name)
+    if objective.compares and rejected is None:
+        return f"{name} compares two answers and needs 'rejected', the one to become less likely"
+    if not objective.compares and rejected is not None:
+        pairs = ", ".join(sorted(n for n, o in OBJECTIVES.items() if o.compares))
+        return f"{name} takes no pair: leave 'rejected' out, or use one of {pairs}"
+    return ""
+
+
 def batch_loss(
-    name: str, policy: Said, reference: Said | None = None, *, note: str = "", **hyper: Any
+    name: str,
+    policy: Said,
+    reference: Said | None = None,
+    *,
+    rejected: Said | None = None,
+    rejected_reference: Said | None = None,
+    note: str = "",
+    **hyper: Any,
 ) -> Tensor:
     """Give the batch mean of an objective, as published: the sum over units over their number.
 
@@ -185,6 +240,9 @@ def batch_loss(
         name: an objective's name, for instance ``npo``, or ``FILE.py:FUNCTION``.
         policy: scores (or activations) of the model being changed.
         reference: those of the frozen start, for objectives that need it.
+        rejected: for objectives on pairs, scores of the rejected answers; ``policy`` and
+            ``reference`` are then about the chosen ones, row by row.
+        rejected_reference: those of the frozen start.
         note: a remark, not used: recorded hyperparameters may carry one.
         **hyper: hyperparameters of the objective.
 
@@ -192,14 +250,32 @@ def batch_loss(
         UserError: unknown name or hyperparameter, a missing reference, or the wrong thing to read.
     """
     objective = find(name)
-    mistakes = check_hyper(name, hyper)
-    if objective.uses_reference and reference is None:
-        mistakes.append(f"{name} needs a reference model")
-    mistakes += _unreadable(objective, policy, reference)
-    if mistakes:
+    said = (policy, reference, rejected, rejected_reference)
+    if mistakes := [*check_hyper(name, hyper), *_missing(objective, hyper, *said)]:
         raise UserError("; ".join(mistakes))
     units = objective.units(policy.mask, policy.attended, hyper)
-    return objective(policy, reference, **hyper).sum() / units
+    return objective(*said, **hyper).sum() / units
+
+
+def _missing(
+    objective: Objective,
+    hyper: Mapping[str, Any],
+    policy: Said,
+    reference: Said | None,
+    rejected: Said | None,
+    rejected_reference: Said | None,
+) -> list[str]:
+    """Say what an objective lacks before it can be computed."""
+    name, mistakes = objective.name, []
+    if wrong := pair_mistake(name, rejected):
+        mistakes.append(wrong)
+    if objective.uses_reference and reference is None:
+        mistakes.append(f"{name} needs a reference model")
+    elif objective.uses_reference and objective.compares and rejected_reference is None:
+        mistakes.append(f"{name} needs a reference model for the rejected answers too")
+    if objective.measured and hyper.get(objective.measured) is None:
+        mistakes.append(f"{name} needs {objective.measured}, which only a run measures by itself")
+    return mistakes + _unreadable(objective, policy, reference, rejected, rejected_reference)
 
 
 def _unreadable(objective: Objective, *given: Said | None) -> list[str]:

@@ -29,6 +29,27 @@ def rmu(
     return (policy.hidden - control).square().mean(-1) * policy.mask
 
 
+def adaptive_rmu(
+    policy: Activations,
+    *,
+    layer: NonNegativeInt = 7,
+    scale: PositiveFloat = 5.0,
+    control_seed: NonNegativeInt = 0,
+    token_norm: PositiveFloat | None = None,
+) -> Float[Tensor, "batch seq"]:
+    """Push what leaves a layer towards a random vector whose length suits the layer: per token.
+
+    As :func:`rmu`, with the vector scaled to length ``scale * token_norm``. ``token_norm`` is the
+    mean length of what leaves the layer at labelled forget tokens of the frozen start; a run
+    measures it once (:func:`unlearn.reference.mean_token_norm`) unless it is given.
+    Source: Huu-Tien et al. 2024, "On Effects of Steering Latent Representation for LLM Unlearning",
+    arXiv:2408.06223 (Adaptive RMU). Deviations: those of :func:`rmu`, and the length is
+    measured on labelled tokens of a fixed number of rows, not on one batch with its padding.
+    """
+    assert token_norm is not None
+    return rmu(policy, layer=layer, steering=scale * token_norm, control_seed=control_seed)
+
+
 def embed_diff(
     policy: Activations, reference: Activations, *, layer: NonNegativeInt = 7
 ) -> Float[Tensor, "batch seq"]:

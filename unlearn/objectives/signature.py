@@ -1,8 +1,9 @@
 """What a loss asks for, read from its signature; and what is wrong with a signature.
 
 The rules hold for the table's own objectives and for a user's: positional parameters named
-``policy`` and, for those that need the frozen start, ``reference``; hyperparameters keyword-only,
-annotated, with a default. A class gives its hyperparameters to the constructor and its data to
+``policy`` and, for those that need the frozen start, ``reference``; on pairs of answers ``chosen``
+and ``rejected``, and then ``chosen_reference`` and ``rejected_reference``; hyperparameters
+keyword-only, annotated, with a default. A class gives its hyperparameters to the constructor and its data to
 ``__call__``.
 """
 
@@ -10,7 +11,13 @@ import inspect
 from collections.abc import Callable, Iterator
 from typing import Any, get_type_hints
 
-DATA = (["policy"], ["policy", "reference"])
+PAIR = ["chosen", "rejected"]
+DATA = (
+    ["policy"],
+    ["policy", "reference"],
+    PAIR,
+    [*PAIR, "chosen_reference", "rejected_reference"],
+)
 READS = ("scores", "labelled", "logits", "hidden")
 
 
@@ -49,7 +56,8 @@ def signature_mistakes(function: Callable[..., Any]) -> Iterator[str]:
     """Say what is wrong with a loss's signature, one text per mistake."""
     if (names := data_names(function)) not in DATA:
         given = ", ".join(names) or "none"
-        yield f"its positional parameters must be policy, or policy and reference; given: {given}"
+        allowed = "; or ".join(", ".join(names) for names in DATA)
+        yield f"its positional parameters must be {allowed}; given: {given}"
     kinds = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
     parameters = inspect.signature(function).parameters.values()
     for name in (p.name for p in parameters if p.kind in kinds):
