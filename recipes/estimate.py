@@ -212,12 +212,8 @@ def largest_batch(prepared: Prepared, size: Footprint) -> Batch:
     reads = {read for term in prepared.terms for read in term.reads}
     hidden_only = {name for name, _ in reads} - {name for name, layer in reads if layer is None}
     scored = {name: stream for name, stream in chosen.items() if name not in hidden_only}
-    whole = {
-        stream
-        for term in prepared.terms
-        if term.objective.reads in ("labelled", "logits")
-        for stream in term.streams
-    }
+    reading = [(name, term.objective.reads) for term in prepared.terms for name in term.streams]
+    whole = {name for name, what in reading if what in ("labelled", "logits")}
     passes: list[tuple[int, int | None]] = []
     if scored:
         passes.append((_tokens(size, list(scored.values())), None))

@@ -18,7 +18,6 @@ from unlearn.scores import Scores
 
 MEASURED = {"adaptive_rmu": {"token_norm": 2.0}}
 """What a run would measure by itself."""
-NEEDS_REFERENCE = [name for name, objective in OBJECTIVES.items() if objective.uses_reference]
 
 
 def random_pair(seed: int, rows: int = 3, width: int = 7) -> tuple[Any, Any, Any]:
@@ -40,7 +39,7 @@ def said(name: str, numbers: Any, labels: Any, attention: Any = None) -> Any:
     return Activations.of(numbers, {"labels": labels, "attention_mask": attention})
 
 
-def all_said(name: str, logits: Any, other: Any, labels: Any) -> list[Any]:
+def all_said(name: str, logits: Any, other: Any, labels: Any, attention: Any = None) -> list[Any]:
     """Policy, reference and, for pairs, the same of rejected answers made from the other logits."""
     objective = OBJECTIVES[name]
     rejected = other.flip(-1), other.roll(1, dims=-1)
@@ -50,11 +49,13 @@ def all_said(name: str, logits: Any, other: Any, labels: Any) -> list[Any]:
         rejected[0] if objective.compares else None,
         rejected[1] if objective.compares and objective.uses_reference else None,
     )
-    return [None if each is None else said(name, each, labels) for each in numbers]
+    return [None if each is None else said(name, each, labels, attention) for each in numbers]
 
 
-def value(name: str, logits: Any, other: Any, labels: Any, **hyper: Any) -> Any:
-    policy, reference, rejected, start = all_said(name, logits, other, labels)
+def value(
+    name: str, logits: Any, other: Any, labels: Any, attention: Any = None, **hyper: Any
+) -> Any:
+    policy, reference, rejected, start = all_said(name, logits, other, labels, attention)
     hyper = MEASURED.get(name, {}) | hyper
     return batch_loss(name, policy, reference, rejected=rejected, rejected_reference=start, **hyper)
 
@@ -225,9 +226,7 @@ def test_padding_changes_nothing_and_rows_that_fill_up_count_nothing(name: str) 
     wider = torch.nn.functional.pad(labels, (0, 2, 0, 1), value=-100)
     attention = torch.zeros_like(wider)
     attention[:3, :7] = 1
-    policy = said(name, grown(logits), wider, attention)
-    reference = said(name, grown(other), wider, attention) if name in NEEDS_REFERENCE else None
-    found = batch_loss(name, policy, reference)
+    found = value(name, grown(logits), grown(other), wider, attention)
     (gradient,) = torch.autograd.grad(found, logits)
     assert gradient.isfinite().all()
     if OBJECTIVES[name].unit == "padded position":  # published: it depends on padding

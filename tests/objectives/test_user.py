@@ -77,7 +77,7 @@ SIGNATURE = 'def my_loss({}) -> Float[Tensor, "batch seq"]:\n    return policy.l
         ("def my_los(policy: Scores): ...", "has no function 'my_loss'; did you mean 'my_los'?"),
         ("x = 1 / 0", "does not run: ZeroDivisionError: division by zero"),
         ("def my_loss(", "does not run: SyntaxError"),
-        (SIGNATURE.format("scores: Scores"), "must be policy; or policy, reference; or chosen, rejected; or"),
+        (SIGNATURE.format("scores: Scores"), "must be policy; or policy, reference; or chosen,"),
         (SIGNATURE.format("policy: Scores, beta: float = 1"), "given: policy, beta"),
         (SIGNATURE.format("policy: Scores, *, beta=1.0"), "hyperparameter 'beta' has no type"),
         (SIGNATURE.format("policy: Scores, *, beta: float"), "'beta' has no default"),

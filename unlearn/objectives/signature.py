@@ -3,8 +3,8 @@
 The rules hold for the table's own objectives and for a user's: positional parameters named
 ``policy`` and, for those that need the frozen start, ``reference``; on pairs of answers ``chosen``
 and ``rejected``, and then ``chosen_reference`` and ``rejected_reference``; hyperparameters
-keyword-only, annotated, with a default. A class gives its hyperparameters to the constructor and its data to
-``__call__``.
+keyword-only, annotated, with a default. A class gives its hyperparameters to the constructor and
+its data to ``__call__``.
 """
 
 import inspect
