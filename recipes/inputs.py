@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from unlearn.data.files import READERS
-from unlearn.data.sources import Source, load_rows
+from unlearn.data.sources import Source, load_rows, load_variants
 from unlearn.errors import UserError
 from unlearn.recipes.files import find, overlay, read
 from unlearn.recipes.overrides import overridden
@@ -50,6 +50,9 @@ def check_inputs(recipe: Recipe) -> None:
     for spec in (recipe.data.forget, recipe.data.retain):
         if spec:
             _check_source(spec, recipe.data.columns)
+    for extra in (*recipe.data.forget_extra, *recipe.data.retain_extra):
+        if _is_small_file(extra.source):
+            load_variants(extra.source, columns=extra.columns, take=extra.take)
 
 
 def check_model_folder(path: str | None) -> None:
@@ -74,11 +77,16 @@ def is_path(model: str) -> bool:
 
 
 def _check_source(spec: str, columns: Mapping[str, str]) -> None:
-    file = Source.parse(spec).local
-    if file.is_file() and file.stat().st_size > LARGEST_EARLY:
-        return
-    if file.is_file() or (file.suffix.lower() in READERS and not file.exists()):
+    if _is_small_file(spec):
         load_rows(spec, columns=columns)
+
+
+def _is_small_file(spec: str) -> bool:
+    """Tell whether a source names a file that is quickly read, or one that is not there."""
+    file = Source.parse(spec).local
+    if file.is_file():
+        return file.stat().st_size <= LARGEST_EARLY
+    return file.suffix.lower() in READERS and not file.exists()
 
 
 def absolute(recipe: Recipe) -> Recipe:
@@ -86,10 +94,19 @@ def absolute(recipe: Recipe) -> Recipe:
     model, data = recipe.model, recipe.data
     paths = {name: getattr(model, name) for name in ("path", "retain_model")}
     specs = {name: getattr(data, name) for name in ("forget", "retain")}
+    extra = {
+        name: tuple(
+            one.model_copy(update={"source": _absolute_spec(one.source)})
+            for one in getattr(data, name)
+        )
+        for name in ("forget_extra", "retain_extra")
+    }
     return recipe.model_copy(
         update={
             "model": model.model_copy(update={k: _absolute(v) for k, v in paths.items()}),
-            "data": data.model_copy(update={k: _absolute_spec(v) for k, v in specs.items()}),
+            "data": data.model_copy(
+                update={k: _absolute_spec(v) for k, v in specs.items()} | extra
+            ),
             "evals": _absolute_evals(recipe.evals),
             "out": recipe.out and str(Path(recipe.out).absolute()),
         }

@@ -7,22 +7,28 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from unlearn import models
-from unlearn.data import Example, Template, encode, load_rows, pad_token_id
+from unlearn.data import Example, Template, encode, load_rows, load_variants, pad_token_id
 from unlearn.engines import Engine
 from unlearn.evals.forget_retain import Split
+from unlearn.kinds import require_plain
 from unlearn.objectives import OBJECTIVES
 from unlearn.recipes.benchmarks import Measures, find_measures
 from unlearn.recipes.schema import Recipe
+from unlearn.recipes.sections import ExtraSection
 from unlearn.training import Term
 
 
 @dataclass(frozen=True)
 class Stream:
-    """A set of rows as given and as tokenised."""
+    """A set of rows as given, which are measured, and as tokenised, which is trained on.
+
+    ``extra`` counts the examples at the end that were made of other rows; they are not measured.
+    """
 
     source: str
     rows: list[dict[str, Any]]
     examples: list[Example]
+    extra: int = 0
 
     def sha256(self) -> str:
         """Hash the tokenised rows: what the model is actually trained on."""
@@ -31,7 +37,8 @@ class Stream:
 
     def provenance(self) -> dict[str, Any]:
         """Say where the rows came from, how many there are and their hash."""
-        return {"source": self.source, "rows": len(self.rows), "sha256": self.sha256()}
+        found = {"source": self.source, "rows": len(self.rows), "sha256": self.sha256()}
+        return found | ({"extra": self.extra} if self.extra else {})
 
 
 @dataclass(frozen=True)
@@ -90,6 +97,7 @@ def prepare(recipe: Recipe, *, offline: bool = False) -> Prepared:
     recipe.require_runnable()
     source = model_source(recipe, offline=offline)
     models.check_source(source)
+    require_plain(source)
     if recipe.model.retain_model:
         models.check_source(sibling(source, recipe.model.retain_model))
     tokenizer = models.load_tokenizer(source)
@@ -97,17 +105,30 @@ def prepare(recipe: Recipe, *, offline: bool = False) -> Prepared:
     template = Template.for_tokenizer(
         tokenizer, data.template, data.system_prompt, dict(data.template_args)
     )
-    streams = {}
-    for name, spec in (("forget", data.forget), ("retain", data.retain)):
+    how = {"tokenizer": tokenizer, "template": template, "max_length": data.max_length}
+    streams, splits = {}, {}
+    for name, spec, extra in (
+        ("forget", data.forget, data.forget_extra),
+        ("retain", data.retain, data.retain_extra),
+    ):
         if spec is not None:
             rows = load_rows(spec, columns=data.columns, offline=offline)
-            examples = encode(rows, tokenizer, template, max_length=data.max_length, source=spec)
-            streams[name] = Stream(spec, rows, examples)
-    splits = {name: Split(one.rows, one.examples, template) for name, one in streams.items()}
+            examples = encode(rows, source=spec, **how)
+            splits[name] = Split(rows, examples, template)
+            more = [one for part in extra for one in _extra(part, offline=offline, **how)]
+            streams[name] = Stream(spec, rows, examples + more, extra=len(more))
     measures = find_measures(recipe, splits, template, offline=offline)
     prepared = Prepared(recipe, source, tokenizer, template, streams, measures)
     _check_vocabularies(prepared)
     return prepared
+
+
+def _extra(section: ExtraSection, *, offline: bool, **how: Any) -> list[Example]:
+    """Read and tokenise rows that are only trained on."""
+    rows = load_variants(
+        section.source, columns=section.columns, take=section.take, offline=offline
+    )
+    return encode(rows, source=section.source, **how)
 
 
 def sibling(source: models.ModelSource, path: str) -> models.ModelSource:

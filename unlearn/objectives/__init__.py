@@ -8,18 +8,24 @@ asks for the frozen starting model, keyword-only parameters are hyperparameters.
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal
 
-from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from unlearn.activations import Activations
-from unlearn.errors import UserError, did_you_mean, unknown
-from unlearn.objectives.distribution import kl, kl_all_positions, kl_labels
+from unlearn.errors import UserError, unknown
+from unlearn.objectives.distribution import (
+    kl,
+    kl_all_positions,
+    kl_labels,
+    uniform,
+    uniform_all_positions,
+)
 from unlearn.objectives.hidden import embed_diff, rmu
 from unlearn.objectives.sequence import npo
 from unlearn.objectives.token import grad_ascent, nll
 from unlearn.scores import Scores, label_mask
+from unlearn.signatures import hyper_mistakes, hyperparameters
 
 Said = Scores | Activations
 """What a model says about a batch, in the form that an objective reads."""
@@ -61,8 +67,7 @@ class Objective:
     @property
     def hyper(self) -> dict[str, Any]:
         """The hyperparameters with their defaults."""
-        parameters = inspect.signature(self.function).parameters.values()
-        return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+        return hyperparameters(self.function)
 
     def __call__(self, policy: Said, reference: Said | None, **hyper: Any) -> Tensor:
         """Give one loss per unit; positions that do not count are 0."""
@@ -84,6 +89,8 @@ OBJECTIVES: dict[str, Objective] = {
         Objective(kl, "position", reads="logits"),
         Objective(kl_labels, "token", reads="logits"),
         Objective(kl_all_positions, "padded position", reads="logits"),
+        Objective(uniform, "position", reads="logits"),
+        Objective(uniform_all_positions, "padded position", reads="logits"),
         *(Objective(function, "token", reads="hidden") for function in (rmu, embed_diff)),
     )
 }
@@ -98,20 +105,7 @@ def find(name: str) -> Objective:
 
 def check_hyper(name: str, hyper: Mapping[str, Any]) -> list[str]:
     """List what is wrong with these hyperparameters: one message per mistake."""
-    allowed = find(name).hyper
-    mistakes = [
-        f"unknown hyperparameter '{key}' of {name}{did_you_mean(key, allowed)} "
-        f"(allowed: {', '.join(allowed) or 'none'})"
-        for key in hyper
-        if key not in allowed
-    ]
-    hints = get_type_hints(find(name).function, include_extras=True)
-    for key in [key for key in hyper if key in allowed]:
-        try:
-            TypeAdapter(hints[key]).validate_python(hyper[key], strict=True)
-        except ValidationError as error:
-            mistakes.append(f"{key} of {name} is {hyper[key]!r}: {error.errors()[0]['msg']}")
-    return mistakes
+    return hyper_mistakes(find(name).function, hyper)
 
 
 def batch_loss(
