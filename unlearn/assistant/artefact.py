@@ -1,9 +1,9 @@
 """A composition on disk: a small folder that names its base, with the adapter of the assistant.
 
 ``uld_config.json`` (what the base is, how many layers, how the logits are combined), ``adapter/``
-(PEFT) and the tokenizer. There is no ``config.json`` and no model file, so that transformers refuses
-the folder instead of loading a base that has forgotten nothing; neither does the adapter fit the
-base, because its weights are named for the assistant.
+(PEFT) and the tokenizer. There is no ``config.json`` and no model file, so that transformers
+refuses the folder instead of loading a base that has forgotten nothing; neither does the adapter
+fit the base, because its weights are named for the assistant.
 """
 
 import hashlib

@@ -113,7 +113,8 @@ class CombinedHead(nn.Module):
     @property
     def weight(self) -> Tensor:
         """Give the base's head: its rows are the vocabulary."""
-        return self.heads[0].linear.weight
+        weight: Tensor = self.heads[0].linear.weight  # type: ignore[assignment]
+        return weight
 
     def forward(self, hidden: Tensor, writing: bool = False) -> Tensor:
         """Give logits in fp32 (fp64 for fp64 models) of hidden states [*positions, widths]."""
@@ -179,7 +180,7 @@ class AssistedForCausalLM(PreTrainedModel, GenerationMixin):
         implementation = self.decoder.base.config._attn_implementation
         self.config._attn_implementation_internal = implementation
 
-    def forward(
+    def forward(  # noqa: PLR0913 - what callers of a causal language model give
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
