@@ -136,7 +136,7 @@ def save_composed(
         "tokenizer_sha256": tokenizer_sha256(tokenizer),
         "layers": plain(model).decoder.depths[1],
         "combine": assistant.combine,
-        **settings(assistant.combine, dict(assistant.hyper)),
+        **settings(assistant.combine, assistant.hyper),
         "versions": versions(),
     }
     model.save_pretrained(folder / ADAPTER)

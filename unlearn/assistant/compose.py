@@ -21,7 +21,7 @@ from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from unlearn.assistant.rules import RULES, asks
+from unlearn.assistant.rules import RULES, asks, settings
 from unlearn.head import VocabularyHead, plain
 
 AFTER_THE_HEAD = ("logit_scale", "logits_scaling", "final_logit_softcapping")
@@ -148,12 +148,12 @@ class AssistedForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(
         self, base: Any, assistant: Any, start: Any | None, rule: str, hyper: Mapping[str, float]
     ) -> None:
-        decoders = Decoders(base, assistant, start)
+        decoders, hyper = Decoders(base, assistant, start), settings(rule, hyper)
         super().__init__(_config(base, decoders.depths, {"combine": rule, **hyper}))
         self.decoder = decoders
         self.head = CombinedHead(decoders, rule, hyper)
         self.generation_config = copy.deepcopy(base.generation_config)
-        self.writes_as_it_scores = not asks(rule, "writing") or not self.head.hyper["weight"]
+        self.writes_as_it_scores = not asks(rule, "writing") or hyper["weight"] == 0
         self.train(base.training)
 
     @property

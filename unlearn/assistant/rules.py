@@ -8,12 +8,14 @@ writing (the next token is about to be chosen) and scoring (given tokens are loo
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+
+from unlearn.signatures import hyperparameters
 
 Logits = Float[Tensor, "*positions vocab"]
 
@@ -88,6 +90,7 @@ def asks(rule: str, parameter: str) -> bool:
     return parameter in inspect.signature(RULES[rule]).parameters
 
 
-def settings(rule: str, given: dict[str, Any]) -> dict[str, Any]:
-    """Keep what a rule takes of ``weight`` and ``top_filter``."""
-    return {key: value for key, value in given.items() if asks(rule, key)}
+def settings(rule: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Keep what a rule takes of the settings given, and fill in its defaults."""
+    defaults = hyperparameters(RULES[rule])
+    return {key: given.get(key, value) for key, value in defaults.items() if key != "writing"}
