@@ -101,13 +101,16 @@ class Evaluator:
         """Give the greedy answer to each prompt (token ids), as text, in input order.
 
         ``known`` gives, per prompt, tokens already known to be the first that greedy decoding would
-        choose (:func:`known_start`).
+        choose (:func:`known_start`); not used with a model that chooses by other numbers than those
+        it is scored by.
 
         Raises:
             UserError: a prompt is empty, the model has no key-value cache, or a batch would not fit
                 on the GPU.
         """
         starts: dict[tuple[int, ...], list[int]] = {}
+        if not getattr(plain(self.model), "writes_as_it_scores", True):
+            known = None
         for place, prompt in enumerate(map(tuple, prompts)):
             start = list(known[place]) if known else []
             starts[prompt] = max(starts.get(prompt, []), start, key=len)

@@ -83,7 +83,8 @@ class Sized:
         model = meta_model(prepared)
         quantized = bool(prepared.recipe.model.quantize)
         layers = _read_layers(prepared)
-        return cls(model, Footprint.of(model, quantized=quantized, read_layers=layers))
+        size = Footprint.of_trained(model, quantized=quantized, read_layers=layers)
+        return cls(model, size)
 
 
 def _read_layers(prepared: Prepared) -> list[int]:

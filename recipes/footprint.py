@@ -7,19 +7,21 @@ for adapters and for frozen weights.
 
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers import AutoModelForCausalLM as CausalModel
 
 from unlearn import models
 from unlearn.activations import cut_after
 from unlearn.head import plain
+from unlearn.kinds import load_config
+from unlearn.recipes.outcome import to_train
 from unlearn.recipes.prepare import Prepared
-from unlearn.recipes.train import choose_trained, lora_of
+from unlearn.recipes.train import choose_trained
 
 PROBE_TOKENS = 64
 """Tokens of the forward pass that is counted; what is kept grows in proportion to them."""
@@ -58,6 +60,17 @@ class Footprint:
     matrix: int
 
     @classmethod
+    def of_trained(
+        cls, model: Any, *, quantized: bool = False, read_layers: Collection[int] = ()
+    ) -> "Footprint":
+        """Do the same where an assistant is trained alone: only its part of the model is run."""
+        inner = plain(model)
+        if not getattr(inner, "alone", False):
+            return cls.of(model, quantized=quantized, read_layers=read_layers)
+        size, whole = cls.of(inner.decoder.assistant), list(model.parameters())
+        return replace(size, parameters=_count(whole), weights=_bytes(whole))
+
+    @classmethod
     def of(
         cls, model: Any, *, quantized: bool = False, read_layers: Collection[int] = ()
     ) -> "Footprint":
@@ -90,7 +103,7 @@ class Footprint:
 def meta_model(prepared: Prepared) -> Any:
     """Build the model, with its adapters, without memory for weights."""
     source = prepared.source
-    config = AutoConfig.from_pretrained(source.path, **source.arguments())
+    config = load_config(source)
     with torch.device("meta"):
         model = CausalModel.from_config(
             config,
@@ -98,8 +111,7 @@ def meta_model(prepared: Prepared) -> Any:
             trust_remote_code=source.trust_remote_code,
         )
         choose_trained(prepared, model)
-        lora = lora_of(prepared)
-        return models.add_lora(model, lora) if lora else model
+        return to_train(prepared, model)
 
 
 def _count(parameters: Any) -> int:

@@ -46,6 +46,8 @@ def training_identity(prepared: Prepared, weights_hash: str) -> dict[str, Any]:
         "seed": recipe.seed,
         "rows_per_step": prepared.rows_per_step,
     }
+    if assistant := recipe.assistant:
+        found["assistant"] = assistant.model_dump(mode="json", include={"layers", "combine"})
     found |= {f"{name} rows": one.sha256()[:16] for name, one in prepared.streams.items()}
     return found | _engine(recipe)
 

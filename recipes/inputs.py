@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from unlearn.data.answers import BELONGS, alternates_of, check_answerable, read_refusals
 from unlearn.data.files import READERS
 from unlearn.data.rows import Row
-from unlearn.data.sources import Source, load_rows
+from unlearn.data.sources import Source, load_rows, load_variants
 from unlearn.errors import UserError
 from unlearn.recipes.files import find, overlay, read
 from unlearn.recipes.overrides import overridden
@@ -59,6 +59,9 @@ def check_inputs(recipe: Recipe) -> None:
                 check_answerable(rows, stream, spec)
                 if stream == "alternate":
                     alternates_of(rows, spec)
+    for extra in (*recipe.data.forget_extra, *recipe.data.retain_extra):
+        if _is_small_file(extra.source):
+            load_variants(extra.source, columns=extra.columns, take=extra.take)
 
 
 def check_model_folder(path: str | None) -> None:
@@ -84,12 +87,15 @@ def is_path(model: str) -> bool:
 
 def _check_source(spec: str, columns: Mapping[str, str]) -> list[Row]:
     """Give the rows of a file, once they are checked; none of what is large or no file."""
+    return load_rows(spec, columns=columns) if _is_small_file(spec) else []
+
+
+def _is_small_file(spec: str) -> bool:
+    """Tell whether a source names a file that is quickly read, or one that is not there."""
     file = Source.parse(spec).local
-    if file.is_file() and file.stat().st_size > LARGEST_EARLY:
-        return []
-    if file.is_file() or (file.suffix.lower() in READERS and not file.exists()):
-        return load_rows(spec, columns=columns)
-    return []
+    if file.is_file():
+        return file.stat().st_size <= LARGEST_EARLY
+    return file.suffix.lower() in READERS and not file.exists()
 
 
 def absolute(recipe: Recipe) -> Recipe:
@@ -98,10 +104,17 @@ def absolute(recipe: Recipe) -> Recipe:
     paths = {name: getattr(model, name) for name in ("path", "retain_model")}
     specs = {name: _absolute_spec(getattr(data, name)) for name in ("forget", "retain")}
     specs["refusals"] = _absolute(data.refusals)
+    extra = {
+        name: tuple(
+            one.model_copy(update={"source": _absolute_spec(one.source)})
+            for one in getattr(data, name)
+        )
+        for name in ("forget_extra", "retain_extra")
+    }
     return recipe.model_copy(
         update={
             "model": model.model_copy(update={k: _absolute(v) for k, v in paths.items()}),
-            "data": data.model_copy(update=specs),
+            "data": data.model_copy(update=specs | extra),
             "evals": _absolute_evals(recipe.evals),
             "terms": tuple(_absolute_term(term) for term in recipe.terms),
             "out": recipe.out and str(Path(recipe.out).absolute()),

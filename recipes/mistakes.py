@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
@@ -11,6 +11,7 @@ from pydantic_core import ErrorDetails
 from unlearn.errors import UserError, did_you_mean
 from unlearn.recipes.passthrough import KINDS, passthrough_mistakes
 from unlearn.recipes.schema import Recipe, Term, TrainingSection
+from unlearn.recipes.sections import EditSection, ExtraSection
 from unlearn.recipes.yaml_text import Location, Tree
 
 OTHER_NAMES = {
@@ -80,6 +81,8 @@ def known_keys(model: type[BaseModel] = Recipe, prefix: str = "") -> list[str]:
 
 def section_type(annotation: Any) -> type[BaseModel] | None:
     """Give the schema of a nested section, also of an optional one; None for a plain value."""
+    if get_origin(annotation) is tuple:
+        return None
     for kind in (annotation, *get_args(annotation)):
         if isinstance(kind, type) and issubclass(kind, BaseModel):
             return kind if not issubclass(kind, Term) else None
@@ -107,7 +110,12 @@ def _closest(given: str, allowed: Iterable[str]) -> str:
 def find_mistakes(tree: Tree) -> list[Mistake]:
     """List everything wrong with a recipe's keys and values; an empty list means it is valid."""
     mistakes: dict[Location, Mistake] = {}
-    for mistake in (*_schema_mistakes(tree), *_passthrough(tree), *_objectives(tree)):
+    for mistake in (
+        *_schema_mistakes(tree),
+        *_passthrough(tree),
+        *_objectives(tree),
+        *_edit(tree),
+    ):
         mistakes.setdefault(mistake.at, mistake)
     return list(mistakes.values())
 
@@ -179,6 +187,8 @@ def _section_at(at: Location) -> type[BaseModel] | None:
     for part in at[:-1]:
         if part == "terms":
             return Term
+        if part in ("forget_extra", "retain_extra"):
+            return ExtraSection
         if section is None or part not in section.model_fields:
             return None
         section = section_type(section.model_fields[str(part)].annotation)
@@ -249,3 +259,20 @@ def _objectives(tree: Tree) -> Iterator[Mistake]:
                 meant = [f"unknown key; did you mean 'terms.{index}.{misspelt}'?"]
                 for why in meant if misspelt else check_hyper(name, {key: value}):
                     yield Mistake(("terms", index, key), why)
+
+
+def _edit(tree: Tree) -> Iterator[Mistake]:
+    """Check an edit against its signature."""
+    section = tree.get("edit")
+    name = section.get("name") if isinstance(section, dict) else None
+    if not isinstance(section, dict) or not isinstance(name, str):
+        return
+    from unlearn.edits import EDITS, check_hyper  # noqa: PLC0415 - imports torch
+
+    if name not in EDITS:
+        message = f"{name!r} given; must be {_one_of(sorted(EDITS))}{did_you_mean(name, EDITS)}"
+        yield Mistake(("edit", "name"), message)
+        return
+    for key in section.keys() - EditSection.model_fields.keys():
+        for why in check_hyper(name, {key: section[key]}):
+            yield Mistake(("edit", key), why)

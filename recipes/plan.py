@@ -194,10 +194,10 @@ def _files(prepared: Prepared, size: Footprint, how: Training) -> tuple[int, lis
     sizes = {
         "recipe.yaml, manifest.json, events.jsonl": 2048 + 256 * prepared.steps,
         "checkpoints/": checkpoint * (keep + 1),
-        "model/": whole,
+        "model/": size.trained if recipe.assistant else whole,
         "evals/, report.html, report.md, results.json": 2**20,
     }
-    if recipe.model.lora:
+    if recipe.model.lora and not recipe.assistant:
         sizes["adapter/"] = size.trained
     if recipe.evals.select_best:
         sizes["best/"] = size.trained

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from unlearn import models
-from unlearn.data import Example, Template, encode, load_rows, pad_token_id
+from unlearn.data import Example, Template, encode, load_rows, load_variants, pad_token_id
 from unlearn.data.answers import (
     BELONGS,
     SHIPPED,
@@ -23,20 +23,27 @@ from unlearn.data.collate import StreamDataset
 from unlearn.engines import Engine
 from unlearn.errors import UserError
 from unlearn.evals.forget_retain import Split
+from unlearn.kinds import require_plain
 from unlearn.objectives import find
 from unlearn.recipes.benchmarks import Measures, find_measures
 from unlearn.recipes.schema import Recipe
+from unlearn.recipes.sections import ExtraSection
 from unlearn.training import Term
 
 
 @dataclass(frozen=True)
 class Stream:
-    """A set of rows as given and as tokenised; ``draws`` tells which other answer is drawn when."""
+    """A set of rows as given, which are measured, and as tokenised, which is trained on.
+
+    ``draws`` tells which other answer is drawn when. ``extra`` counts the examples at the end that
+    were made of other rows; they are not measured.
+    """
 
     source: str
     rows: list[dict[str, Any]]
     examples: list[Example]
     draws: Draws | None = None
+    extra: int = 0
 
     def sha256(self) -> str:
         """Hash the tokenised rows: what the model is actually trained on."""
@@ -45,7 +52,8 @@ class Stream:
 
     def provenance(self) -> dict[str, Any]:
         """Say where the rows came from, how many there are and their hash."""
-        return {"source": self.source, "rows": len(self.rows), "sha256": self.sha256()}
+        found = {"source": self.source, "rows": len(self.rows), "sha256": self.sha256()}
+        return found | ({"extra": self.extra} if self.extra else {})
 
 
 @dataclass(frozen=True)
@@ -141,6 +149,7 @@ def prepare(recipe: Recipe, *, offline: bool = False) -> Prepared:
     recipe.require_runnable()
     source = model_source(recipe, offline=offline)
     models.check_source(source)
+    require_plain(source)
     if recipe.model.retain_model:
         models.check_source(sibling(source, recipe.model.retain_model))
     tokenizer = models.load_tokenizer(source)
@@ -148,13 +157,18 @@ def prepare(recipe: Recipe, *, offline: bool = False) -> Prepared:
     template = Template.for_tokenizer(
         tokenizer, data.template, data.system_prompt, dict(data.template_args)
     )
-    streams = {}
-    for name, spec in (("forget", data.forget), ("retain", data.retain)):
+    how = {"tokenizer": tokenizer, "template": template, "max_length": data.max_length}
+    streams, splits = {}, {}
+    for name, spec, extra in (
+        ("forget", data.forget, data.forget_extra),
+        ("retain", data.retain, data.retain_extra),
+    ):
         if spec is not None:
             rows = load_rows(spec, columns=data.columns, offline=offline)
-            examples = encode(rows, tokenizer, template, max_length=data.max_length, source=spec)
-            streams[name] = Stream(spec, rows, examples)
-    splits = {name: Split(one.rows, one.examples, template) for name, one in streams.items()}
+            examples = encode(rows, source=spec, **how)
+            splits[name] = Split(rows, examples, template)
+            more = [one for part in extra for one in _extra(part, offline=offline, **how)]
+            streams[name] = Stream(spec, rows, examples + more, extra=len(more))
     measures = find_measures(recipe, splits, template, offline=offline)
     prepared = Prepared(recipe, source, tokenizer, template, streams, measures)
     prepared = replace(prepared, streams=streams | _other_answers(prepared))
@@ -173,6 +187,12 @@ def _drawn(prepared: Prepared, name: str) -> Stream:
     recipe, data = prepared.recipe, prepared.recipe.data
     asked = prepared.streams[BELONGS[name]]
     check_answerable(asked.rows, name, asked.source)
+    if asked.extra:
+        key = f"data.{BELONGS[name]}_extra"
+        raise UserError(
+            f"{key} given with a term on '{name}': the rows it adds have no such answers",
+            f"leave {key} out, or use a method whose terms are on forget and retain",
+        )
     if name == "alternate":
         source, texts = asked.source, alternates_of(asked.rows, asked.source)
     else:
@@ -194,6 +214,14 @@ def _drawn(prepared: Prepared, name: str) -> Stream:
     )
     places = {pair: place for place, pair in enumerate(drawn)}
     return Stream(source, rows, examples, replace(draws, places=places))
+
+
+def _extra(section: ExtraSection, *, offline: bool, **how: Any) -> list[Example]:
+    """Read and tokenise rows that are only trained on."""
+    rows = load_variants(
+        section.source, columns=section.columns, take=section.take, offline=offline
+    )
+    return encode(rows, source=section.source, **how)
 
 
 def sibling(source: models.ModelSource, path: str) -> models.ModelSource:

@@ -22,6 +22,7 @@ from unlearn.errors import UserError
 from unlearn.evals.benchmark import Result
 from unlearn.evals.report.write import strict, write_report
 from unlearn.ranks import Ranks
+from unlearn.recipes import outcome
 from unlearn.recipes.files import dump
 from unlearn.recipes.identity import training_identity
 from unlearn.recipes.inputs import absolute
@@ -243,7 +244,7 @@ class _Run:
             self.manifest["selected"] = self.selection.restore(model)
         write_json(self.folder.manifest, self.manifest)
         with staged(self.folder.model) as staging:
-            models.save_model(model, self.prepared.tokenizer, staging, self.folder.adapter)
+            outcome.save(self.prepared, model, staging, self.folder.adapter)
 
     @property
     def selection(self) -> Selection | None:

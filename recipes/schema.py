@@ -9,7 +9,6 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
     ConfigDict,
     Field,
     SerializerFunctionWrapHandler,
@@ -23,6 +22,15 @@ from pydantic_core import PydanticCustomError
 from unlearn.data.answers import BELONGS
 from unlearn.errors import UserError
 from unlearn.recipes.passthrough import KNOWN_OPTIMIZERS, check_optimizer, passthrough_mistakes
+from unlearn.recipes.sections import (
+    AssistantSection,
+    EditSection,
+    ExtraSection,
+    LoraSection,
+    check_assistant,
+    check_edit,
+)
+from unlearn.recipes.sections import Section as _Section
 
 Stream = Literal["forget", "retain", "refusal", "retain_refusal", "alternate"]
 """Rows that a term can be on; the last three are other answers to the questions of these rows."""
@@ -40,32 +48,6 @@ Scheduler = Literal[
     "warmup_stable_decay",
 ]
 """Learning-rate schedules of transformers that need no evaluation loss."""
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(
-        frozen=True,
-        extra="forbid",
-        strict=True,
-        allow_inf_nan=False,
-        protected_namespaces=(),
-        use_attribute_docstrings=True,
-    )
-
-
-class LoraSection(_Section):
-    """Low-rank adapters: only they are trained, the weights below stay as they are."""
-
-    rank: int = Field(default=16, ge=1)
-    """Rank of the two small matrices per layer; memory and capacity grow with it."""
-    alpha: float = Field(default=32.0, gt=0)
-    """Scale: the update is multiplied by alpha / rank."""
-    dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Share of adapter inputs dropped while training."""
-    targets: (
-        Literal["all-linear"] | Annotated[tuple[str, ...], Field(strict=False, min_length=1)]
-    ) = "all-linear"
-    """Layers that get adapters: `all-linear`, or names such as [q_proj, v_proj]."""
 
 
 class ModelSection(_Section):
@@ -110,6 +92,10 @@ class DataSection(_Section):
     """Rows to forget: FILE or FOLDER or hub dataset, then #CONFIG and :SPLIT. Required to run."""
     retain: str | None = Field(default=None, min_length=1)
     """Rows to keep, in the same form. Required when a term is on retain."""
+    forget_extra: Annotated[tuple[ExtraSection, ...], Field(strict=False)] = ()
+    """More rows for the forget set, for instance paraphrases; trained on, and not measured."""
+    retain_extra: Annotated[tuple[ExtraSection, ...], Field(strict=False)] = ()
+    """More rows for the retain set; trained on, and not measured."""
     columns: dict[str, str] = Field(default_factory=dict)
     """Standard name -> column in the file, for instance {question: q, answer: a}."""
     template: Annotated[str | None, AfterValidator(_has_question)] = None
@@ -381,6 +367,10 @@ class Recipe(_Section):
     training: TrainingSection = TrainingSection()
     evals: EvalsSection = EvalsSection()
     launch: LaunchSection = LaunchSection()
+    assistant: Annotated[AssistantSection | None, AfterValidator(check_assistant)] = None
+    """Train an assistant whose logits change those of the model; `{}` takes the defaults."""
+    edit: Annotated[EditSection | None, AfterValidator(check_edit)] = None
+    """Change the weights by an edit once the terms are trained."""
     seed: int = Field(default=0, ge=0, lt=2**32)
     """Seed of everything random: pairing, order, dropout."""
     out: str | None = Field(default=None, min_length=1)

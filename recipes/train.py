@@ -19,6 +19,7 @@ from unlearn.engines import SHARDED, engine_arguments, is_sharded, put_trained, 
 from unlearn.errors import Interrupted
 from unlearn.packing import can_pack, packable
 from unlearn.ranks import Ranks
+from unlearn.recipes import outcome
 from unlearn.recipes.identity import training_identity
 from unlearn.recipes.prepare import Prepared
 from unlearn.recipes.selection import best_step
@@ -54,7 +55,12 @@ def train(
     trainer.add_callback(stop)
     every = prepared.recipe.evals.every
     if every and on_step:
-        trainer.add_callback(monitors.EverySteps(every, lambda step: on_step(trainer.model, step)))
+
+        def measure(step: int) -> None:
+            with outcome.as_after(prepared, trainer.model) as measured:
+                on_step(measured, step)
+
+        trainer.add_callback(monitors.EverySteps(every, measure))
     last = _found_checkpoint(folder.checkpoints, trainer.identity, emit)
     emit({"event": "stage", "stage": "train", "resumed_from": last and last.name})
     _train_from(trainer, last, prepared.steps)
@@ -63,7 +69,7 @@ def train(
         emit({"event": "interrupted", "step": trainer.state.global_step})
         raise Interrupted(f"stopped after step {trainer.state.global_step}, which is saved")
     summary = {"steps": trainer.state.global_step, "peak_memory_bytes": peak_memory(ranks)}
-    return trainer.model, summary
+    return outcome.trained(prepared, trainer.model), summary
 
 
 def whole_model(prepared: Prepared, model: Any) -> Any:
@@ -79,8 +85,7 @@ def whole_model(prepared: Prepared, model: Any) -> Any:
         return None
     fresh = models.load_model(prepared.source, device="cpu")
     choose_trained(prepared, fresh)
-    if lora := lora_of(prepared):
-        fresh = models.add_lora(fresh, lora)
+    fresh = outcome.to_train(prepared, fresh)
     put_trained(fresh, weights)
     return fresh
 
@@ -130,8 +135,8 @@ def make_trainer(
     choose_trained(prepared, model)
     scorer = Scorer.for_model(model)
     stored = _stored_reference(prepared, model, scorer, weights_hash, emit)
-    if lora := lora_of(prepared):
-        model = models.add_lora(model, lora)
+    if prepared.recipe.model.lora:
+        model = outcome.to_train(prepared, model)
         scorer = Scorer.for_model(model)
     trainer = UnlearningTrainer(
         model=model,
@@ -179,15 +184,6 @@ def _stored_streams(prepared: Prepared) -> set[str]:
     asking = [term for term in prepared.terms if term.objective.uses_reference]
     live = {s for term in asking if term.objective.reads != "scores" for s in term.streams}
     return {stream for term in asking for stream in term.streams} - live
-
-
-def lora_of(prepared: Prepared) -> models.Lora | None:
-    """Give the recipe's adapter settings as the library's own type."""
-    section = prepared.recipe.model.lora
-    if section is None:
-        return None
-    targets = section.targets if isinstance(section.targets, str) else tuple(section.targets)
-    return models.Lora(section.rank, section.alpha, section.dropout, targets)
 
 
 def choose_trained(prepared: Prepared, model: Any) -> None:

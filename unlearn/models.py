@@ -15,9 +15,10 @@ from typing import Any, Literal
 
 import torch
 from safetensors import safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from unlearn.errors import UserError, did_you_mean
+from unlearn.kinds import kind_of, load_config, weight_files
 
 Dtype = Literal["auto", "float32", "bfloat16"]
 SAMPLING = (
@@ -65,6 +66,9 @@ def check_source(source: ModelSource) -> None:
     if source.quantize and not _has_bitsandbytes():
         hint = "pip install 'unlearn-llm[quant]', or leave model.quantize out"
         raise UserError("4-bit loading (QLoRA) needs bitsandbytes, which is not installed", hint)
+    if kind := kind_of(source):
+        kind.check(source)
+        return
     folder = Path(source.path)
     if not folder.exists():
         if source.path.startswith((".", "/", "~")) or source.path.count("/") != 1:
@@ -138,7 +142,7 @@ def check_finite_weights(source: ModelSource) -> None:
     Raises:
         UserError: names the model and the first such tensor.
     """
-    for path in sorted(Path(source.path).glob("*.safetensors")):
+    for path in weight_files(source):
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 (not a mapping)
                 if not torch.isfinite(file.get_tensor(name).float()).all():
@@ -150,7 +154,7 @@ def check_finite_weights(source: ModelSource) -> None:
 
 def _num_weights(source: ModelSource) -> int:
     total = 0
-    for path in Path(source.path).glob("*.safetensors"):
+    for path in weight_files(source):
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             header = json.loads(file.read(length))
@@ -166,7 +170,7 @@ def check_vocabulary(source: ModelSource, tokens: Collection[int]) -> None:
         UserError: the configuration cannot be read, or its vocabulary is too small.
     """
     try:
-        config = AutoConfig.from_pretrained(source.path, **source.arguments())
+        config = load_config(source)
     except (OSError, ValueError, KeyError) as error:
         cause = str(error).strip().split("\n")[0]
         raise UserError(f"cannot read the configuration of '{source.path}': {cause}") from error
@@ -203,6 +207,8 @@ def load_tokenizer(source: ModelSource | str) -> Any:
 def load_model(source: ModelSource | str, *, device: str | None = None) -> Any:
     """Load a causal language model in evaluation mode; safetensors only."""
     source = ModelSource(source) if isinstance(source, str) else source
+    if kind := kind_of(source):
+        return kind.load_composed(source, device=device)
     check_source(source)
     dtype = resolve_dtype(source.dtype)
     extra: dict[str, Any] = {"quantization_config": _nf4(dtype)} if source.quantize else {}

@@ -65,9 +65,13 @@ def test_methods_and_presets_are_the_files_in_the_folder():
 @pytest.mark.parametrize("method", files.method_names())
 def test_a_methods_file_carries_its_terms_and_which_weights_they_train(method):
     tree = files.read(files.find(method))
-    training = tree.pop("training", {})
+    training, model, edit = (tree.pop(name, {}) for name in ("training", "model", "edit"))
+    assisted = bool(tree.pop("assistant", {}))
     assert set(tree) == {"method", "description", "source", "terms"}
-    assert set(training) <= {"trainable"}
+    # an assistant is adapters, which need another rate than the model's own weights
+    assert set(training) <= ({"learning_rate"} if assisted else {"trainable"})
+    assert set(model) == ({"lora"} if assisted else set())
+    assert not (assisted and edit)
     assert tree["method"] == method
 
 

@@ -15,7 +15,7 @@ from unlearn.data.files import READERS, read_file
 from unlearn.data.rows import Kind, Row, check_rows, rename_columns, row_kind
 from unlearn.errors import UserError, did_you_mean, unknown
 
-__all__ = ["Kind", "Row", "Source", "load_rows", "row_kind"]
+__all__ = ["Kind", "Row", "Source", "load_rows", "load_variants", "row_kind"]
 
 GRAMMAR = "a source is PATH[#CONFIG][:SPLIT], e.g. data/tofu#forget10:train[:100]"
 LONGEST_REASON = 200
@@ -89,6 +89,42 @@ def load_rows(
     rows = rename_columns(rows, columns, spec)
     check_rows(rows, spec, columns)
     return rows
+
+
+def load_variants(
+    spec: str, *, columns: Mapping[str, str], take: int = 1, offline: bool = False
+) -> list[Row]:
+    """Load rows made from chosen columns, of which some may hold several texts.
+
+    ``columns`` maps a standard name to a column. Where such a column holds a list, ``take`` rows
+    are made of each row: the first with the first entry of every list, and so on; always the first
+    ones, so the same rows each time.
+
+    Raises:
+        UserError: whatever is wrong with the source, the mapping or the rows; a list is too short.
+    """
+    found = rename_columns(_load(Source.parse(spec), spec, offline=offline), columns, spec)
+    rows = [
+        _variant(row, columns, place, f"row {number} of '{spec}'")
+        for number, row in enumerate(found, start=1)
+        for place in range(take if any(isinstance(row[name], list) for name in columns) else 1)
+    ]
+    if not rows:
+        raise UserError(f"'{spec}' has no rows", "give a source that is not empty")
+    check_rows(rows, spec, columns)
+    return rows
+
+
+def _variant(row: Row, columns: Mapping[str, str], place: int, which: str) -> Row:
+    """Give the row with entry number ``place`` of every list among its mapped columns."""
+    for name, column in columns.items():
+        if isinstance(row[name], list) and place >= len(row[name]):
+            raise UserError(
+                f"{which}: column '{column}' holds {len(row[name])} texts, not {place + 1}",
+                "take fewer",
+            )
+    lists = {name: row[name][place] for name in columns if isinstance(row[name], list)}
+    return {**row, **lists}
 
 
 def _load(source: Source, spec: str, *, offline: bool) -> list[Row]:

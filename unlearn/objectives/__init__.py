@@ -15,13 +15,18 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
-from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from unlearn.activations import Activations
-from unlearn.errors import UserError, did_you_mean, unknown
+from unlearn.errors import UserError, unknown
 from unlearn.objectives import weighting
-from unlearn.objectives.distribution import kl, kl_all_positions, kl_labels
+from unlearn.objectives.distribution import (
+    kl,
+    kl_all_positions,
+    kl_labels,
+    uniform,
+    uniform_all_positions,
+)
 from unlearn.objectives.dual import pdu_retain
 from unlearn.objectives.hidden import adaptive_rmu, embed_diff, rmu
 from unlearn.objectives.labelled import ceu, max_entropy, pdu, undial, undial_all_positions
@@ -37,10 +42,11 @@ from unlearn.objectives.reweighted import (
     wtnpo,
 )
 from unlearn.objectives.sequence import npo, npo_annotated, npo_sampled, simnpo
-from unlearn.objectives.signature import data_names, hyper_defaults, hyper_types
+from unlearn.objectives.signature import data_names
 from unlearn.objectives.token import grad_ascent, nll
 from unlearn.objectives.user import is_user_loss, load_user_loss
 from unlearn.scores import Scores, label_mask
+from unlearn.signatures import hyper_mistakes, hyperparameters
 
 Said = Scores | Activations
 """What a model says about a batch, in the form that an objective reads."""
@@ -109,7 +115,7 @@ class Objective:
     @property
     def hyper(self) -> dict[str, Any]:
         """The hyperparameters with their defaults."""
-        return hyper_defaults(self.function)
+        return hyperparameters(self.function)
 
     def bound(self, hyper: Hyper) -> Callable[..., Tensor]:
         """Give the loss of ``(policy)`` or ``(policy, reference)``; a stateful one begins anew."""
@@ -168,6 +174,8 @@ OBJECTIVES: dict[str, Objective] = {
         Objective(kl, "position", reads="logits"),
         Objective(kl_labels, "token", reads="logits"),
         Objective(kl_all_positions, "padded position", reads="logits"),
+        Objective(uniform, "position", reads="logits"),
+        Objective(uniform_all_positions, "padded position", reads="logits"),
         *(Objective(f, "token", reads="labelled") for f in (undial, max_entropy, pdu)),
         Objective(undial_all_positions, "next token", reads="logits"),
         Objective(ceu, "later token", reads="labelled"),
@@ -194,20 +202,7 @@ def find(name: str) -> Objective:
 
 def check_hyper(name: str, hyper: Mapping[str, Any]) -> list[str]:
     """List what is wrong with these hyperparameters: one message per mistake."""
-    allowed = find(name).hyper
-    mistakes = [
-        f"unknown hyperparameter '{key}' of {name}{did_you_mean(key, allowed)} "
-        f"(allowed: {', '.join(allowed) or 'none'})"
-        for key in hyper
-        if key not in allowed
-    ]
-    hints = hyper_types(find(name).function)
-    for key in [key for key in hyper if key in allowed]:
-        try:
-            TypeAdapter(hints[key]).validate_python(hyper[key], strict=True)
-        except ValidationError as error:
-            mistakes.append(f"{key} of {name} is {hyper[key]!r}: {error.errors()[0]['msg']}")
-    return mistakes
+    return hyper_mistakes(find(name).function, hyper)
 
 
 def pair_mistake(name: str, rejected: Any) -> str:

@@ -3,6 +3,8 @@
 They read ``logits``: the only objectives for which ``[batch, seq, vocab]`` is allocated.
 """
 
+import math
+
 from jaxtyping import Float
 from torch import Tensor
 
@@ -39,3 +41,29 @@ def kl_all_positions(policy: Scores, reference: Scores) -> Float[Tensor, "batch 
     batch happens to have. Our padding is unmasked, so values at padded positions are our own.
     """
     return _kl(policy, reference)
+
+
+def _from_uniform(policy: Scores) -> Float[Tensor, "batch seq"]:
+    assert policy.logits is not None
+    log_probs = policy.logits.log_softmax(-1)
+    return -math.log(log_probs.shape[-1]) - log_probs.mean(-1)
+
+
+def uniform(policy: Scores) -> Float[Tensor, "batch seq"]:
+    """How far the model is from knowing nothing: KL(uniform || policy) per real position, in nats.
+
+    ``-log V - (1 / V) sum_v log p_v`` over a vocabulary of V tokens: 0 when all are as likely.
+    Prompt positions count, padding does not (published code averages over padding too; that is
+    :func:`uniform_all_positions`).
+    Source: the assistant's loss on the retain set in ULD (Ji et al. 2024, arXiv:2406.08607, eq. 4).
+    Deviation from its code: log-softmax in fp32, not the logarithm of a bfloat16 softmax.
+    """
+    return _from_uniform(policy) * policy.attended
+
+
+def uniform_all_positions(policy: Scores) -> Float[Tensor, "batch seq"]:
+    """KL(uniform || policy) at every position, padding included, as published code computes it.
+
+    Here for parity: our padding is unmasked, so values at padded positions are our own.
+    """
+    return _from_uniform(policy)

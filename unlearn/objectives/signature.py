@@ -11,6 +11,8 @@ import inspect
 from collections.abc import Callable, Iterator
 from typing import Any, get_type_hints
 
+from unlearn.signatures import hyperparameters
+
 PAIR = ["chosen", "rejected"]
 DATA = (
     ["policy"],
@@ -26,12 +28,6 @@ def data_names(function: Callable[..., Any]) -> list[str]:
     if isinstance(function, type):
         return _positional(function.__call__)[1:]  # without self
     return _positional(function)
-
-
-def hyper_defaults(function: Callable[..., Any]) -> dict[str, Any]:
-    """Give the keyword-only parameters with their defaults."""
-    parameters = inspect.signature(function).parameters.values()
-    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
 
 
 def hyper_types(function: Callable[..., Any]) -> dict[str, Any]:
@@ -63,7 +59,7 @@ def signature_mistakes(function: Callable[..., Any]) -> Iterator[str]:
     for name in (p.name for p in parameters if p.kind in kinds):
         yield f"*{name} is not allowed: hyperparameters are named after a lone *"
     types = hyper_types(function)
-    for name, default in hyper_defaults(function).items():
+    for name, default in hyperparameters(function).items():
         if name not in types:
             yield f"hyperparameter '{name}' has no type: write {name}: float, for instance"
         if default is inspect.Parameter.empty:

@@ -23,11 +23,11 @@ from unlearn.errors import UserError, did_you_mean
 from unlearn.objectives.signature import (
     READS,
     data_names,
-    hyper_defaults,
     signature_mistakes,
     unit_of,
 )
 from unlearn.scores import Scores
+from unlearn.signatures import hyperparameters
 
 MARK = ".py:"
 HINT = (
@@ -84,7 +84,7 @@ def _load(name: str, path: Path, function_name: str, sha256: str) -> UserLoss:
         raise UserError(f"the loss '{name}' will not do: {given}", UNIT_HINT)
     if reads not in READS:
         raise UserError(f"the loss '{name}' reads {reads!r}", f"one of {', '.join(READS)}")
-    if reads == "hidden" and "layer" not in hyper_defaults(function):
+    if reads == "hidden" and "layer" not in hyperparameters(function):
         message = f"the loss '{name}' reads hidden states, but has no hyperparameter 'layer'"
         raise UserError(message, "add layer: int = 7 after the lone *")
     loss = UserLoss(function, unit, reads, sha256)

@@ -1,0 +1,107 @@
+"""What a recipe trains, and what comes of it: the model itself, an assistant, an edited model."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from unlearn import models
+from unlearn.assistant.artefact import save_composed
+from unlearn.assistant.build import Assistant, assisted
+from unlearn.assistant.compose import together
+from unlearn.assistant.rules import ALONE, settings
+from unlearn.edits import EDITS
+from unlearn.errors import UserError
+from unlearn.head import plain
+from unlearn.recipes.prepare import Prepared
+
+
+def to_train(prepared: Prepared, model: Any) -> Any:
+    """Put onto a loaded model what the recipe trains: adapters, or an assistant beside it.
+
+    Raises:
+        UserError: an assistant that this model, or these terms, cannot have.
+    """
+    lora = lora_of(prepared)
+    if lora is None:
+        return model
+    assistant = assistant_of(prepared)
+    if assistant is None:
+        return models.add_lora(model, lora)
+    _check_terms(prepared, assistant)
+    model = assisted(model, assistant, lora)
+    plain(model).alone = assistant.combine in ALONE
+    return model
+
+
+@contextmanager
+def as_after(prepared: Prepared, model: Any) -> Iterator[Any]:
+    """Let a model in training answer as it would after the run."""
+    if prepared.recipe.assistant is None:
+        yield model
+        return
+    with together(model):
+        yield model
+
+
+def trained(prepared: Prepared, model: Any) -> Any:
+    """End the training of a model: from now on an assistant answers with its base."""
+    if prepared.recipe.assistant is not None:
+        plain(model).alone = False
+    return model
+
+
+def save(prepared: Prepared, model: Any, folder: Path, adapter: Path) -> None:
+    """Write what the run leaves as its model; ``adapter`` is where merged adapters are kept."""
+    if assistant := assistant_of(prepared):
+        save_composed(model, prepared.tokenizer, folder, prepared.source, assistant)
+        return
+    models.save_model(_edited(prepared, model), prepared.tokenizer, folder, adapter)
+
+
+def _edited(prepared: Prepared, model: Any) -> Any:
+    """Apply the recipe's edit to a trained model that no engine has split."""
+    section = prepared.recipe.edit
+    if section is None:
+        return model
+    given = {
+        "tuned": model,
+        "data": {name: stream.examples for name, stream in prepared.streams.items()},
+    }
+    adapted = hasattr(model, "peft_config")  # the weights below adapters are still the first ones
+    start = plain(model) if adapted else models.load_model(prepared.source, device="cpu")
+    return EDITS[section.name](start, given, **section.hyper)
+
+
+def assistant_of(prepared: Prepared) -> Assistant | None:
+    """Give the recipe's assistant as the library's own type."""
+    section = prepared.recipe.assistant
+    if section is None:
+        return None
+    hyper = settings(section.combine, section.model_dump())
+    return Assistant(section.layers, section.combine, hyper)
+
+
+def lora_of(prepared: Prepared) -> models.Lora | None:
+    """Give the recipe's adapter settings as the library's own type."""
+    section = prepared.recipe.model.lora
+    if section is None:
+        return None
+    targets = section.targets if isinstance(section.targets, str) else tuple(section.targets)
+    return models.Lora(section.rank, section.alpha, section.dropout, targets)
+
+
+def _check_terms(prepared: Prepared, assistant: Assistant) -> None:
+    """Refuse terms that this assistant cannot be trained on."""
+    for objective in (term.objective for term in prepared.terms):
+        if objective.reads == "hidden":
+            raise UserError(
+                f"objective {objective.name} reads a layer, which an assistant does not change",
+                "use one that reads scores",
+            )
+        if objective.uses_reference and assistant.combine in ALONE:
+            raise UserError(
+                f"objective {objective.name} compares with the model at the start, but this "
+                f"assistant is trained by itself (assistant.combine: {assistant.combine})",
+                "use one without a reference, or assistant.combine: offset",
+            )

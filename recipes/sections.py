@@ -1,0 +1,114 @@
+"""Parts of a recipe beyond the weighted loss: adapters, an assistant, an edit, more rows.
+
+This module must stay importable without torch.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+
+
+class Section(BaseModel):
+    """A group of keys: frozen, strict, nothing unknown."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        allow_inf_nan=False,
+        protected_namespaces=(),
+        use_attribute_docstrings=True,
+    )
+
+
+class LoraSection(Section):
+    """Low-rank adapters: only they are trained, the weights below stay as they are."""
+
+    rank: int = Field(default=16, ge=1)
+    """Rank of the two small matrices per layer; memory and capacity grow with it."""
+    alpha: float = Field(default=32.0, gt=0)
+    """Scale: the update is multiplied by alpha / rank."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Share of adapter inputs dropped while training."""
+    targets: (
+        Literal["all-linear"] | Annotated[tuple[str, ...], Field(strict=False, min_length=1)]
+    ) = "all-linear"
+    """Layers that get adapters: `all-linear`, or names such as [q_proj, v_proj]."""
+
+
+class AssistantSection(Section):
+    """Train an assistant beside the model instead of the model; needs `model.lora`."""
+
+    layers: int | None = Field(default=8, ge=1)
+    """Lowest decoder layers of the model that make the assistant; null takes all."""
+    combine: Literal["subtract", "offset", "suppress"] = "subtract"
+    """How both sets of logits become one: ULD, offset unlearning, or WHP."""
+    weight: float = Field(default=0.75, ge=0)
+    """How much of the assistant's logits is taken; 0 leaves the model as it was."""
+    top_filter: float = Field(default=0.01, ge=0, lt=1)
+    """`subtract`: tokens less likely than this share of the likeliest stay out; 0 keeps all."""
+
+    @field_validator("top_filter")
+    @classmethod
+    def _filter_has_a_use(cls, value: float, info: ValidationInfo) -> float:
+        combine = info.data.get("combine", "subtract")
+        if combine != "subtract" and value != cls.model_fields["top_filter"].default:
+            raise ValueError(f"{value:g} given with combine: {combine}, which filters nothing")
+        return value
+
+
+class EditSection(Section):
+    """A change of the weights that is not training. Other keys are the edit's hyperparameters."""
+
+    model_config = ConfigDict(extra="allow")
+
+    name: str = Field(min_length=1)
+    """Which edit, for instance task_vector."""
+
+    @property
+    def hyper(self) -> dict[str, Any]:
+        """The edit's hyperparameters, as written."""
+        return dict(self.__pydantic_extra__ or {})
+
+
+class ExtraSection(Section):
+    """More rows for a set, made from chosen columns. They are trained on, and not measured."""
+
+    source: str = Field(min_length=1)
+    """Where they come from, written like `data.forget`."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """Standard name -> column, for instance {answer: paraphrased_answer}."""
+    take: int = Field(default=1, ge=1)
+    """Rows made of each row where a column holds a list: its first entries."""
+
+
+def check_assistant(
+    value: AssistantSection | None, info: ValidationInfo
+) -> AssistantSection | None:
+    """Refuse an assistant with anything it cannot be combined with."""
+    model, launch = info.data.get("model"), info.data.get("launch")
+    if value and model and model.lora is None:
+        raise ValueError(
+            "given without model.lora; the assistant is adapters on the model's own layers: "
+            "add `lora: {}` (or --lora), or leave assistant out"
+        )
+    if value and model and model.quantize:
+        raise ValueError("given with model.quantize, which it cannot share: leave one out")
+    if value and launch and launch.chosen.startswith(("fsdp2", "zero3")):
+        raise ValueError(
+            f"given with engine {launch.chosen}, which would split weights that the assistant "
+            "shares with the model; use ddp or zero2"
+        )
+    return value
+
+
+def check_edit(value: EditSection | None, info: ValidationInfo) -> EditSection | None:
+    """Refuse an edit with anything it cannot be combined with."""
+    if value and info.data.get("assistant"):
+        raise ValueError("given with assistant; leave one of the two out")
+    if value and (evals := info.data.get("evals")) and evals.every:
+        raise ValueError(
+            "given with evals.every; before its end a run has nothing that is edited: "
+            "leave evals.every out"
+        )
+    return value

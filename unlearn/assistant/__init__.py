@@ -1,0 +1,1 @@
+"""A small assistant beside an unchanged model: ULD, offset unlearning, WHP's logit difference."""

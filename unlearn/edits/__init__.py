@@ -1,0 +1,56 @@
+"""Edits, in one table: ``(model, …, **hyper) -> model``, for what is not a sum of loss terms.
+
+To add one: write the function in a module here and name it in the table. Its signature says what it
+asks for, beside the model as it was before unlearning: ``tuned``, that model trained on the
+recipe's terms; ``data``, the tokenised rows by stream. Keyword-only parameters are hyperparameters.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from unlearn.edits.task_vector import task_vector
+from unlearn.errors import unknown
+from unlearn.signatures import hyper_mistakes, hyperparameters
+
+
+@dataclass(frozen=True)
+class Edit:
+    """A function that changes a model's weights, and what it asks for."""
+
+    function: Callable[..., Any]
+
+    @property
+    def name(self) -> str:
+        """The name in recipes."""
+        return self.function.__name__
+
+    @property
+    def hyper(self) -> dict[str, Any]:
+        """The hyperparameters with their defaults."""
+        return hyperparameters(self.function)
+
+    def asks(self, what: str) -> bool:
+        """Tell whether it takes ``tuned`` or ``data``."""
+        return what in inspect.signature(self.function).parameters
+
+    def __call__(self, model: Any, given: Mapping[str, Any], **hyper: Any) -> Any:
+        """Give the edited model; ``given`` may hold more than is asked for."""
+        asked = {name: value for name, value in given.items() if self.asks(name)}
+        return self.function(model, **asked, **hyper)
+
+
+EDITS: dict[str, Edit] = {edit.name: edit for edit in (Edit(task_vector),)}
+
+
+def find(name: str) -> Edit:
+    """Look an edit up by name; raise :class:`UserError` with the list when it is unknown."""
+    if name not in EDITS:
+        raise unknown("edit", name, EDITS)
+    return EDITS[name]
+
+
+def check_hyper(name: str, hyper: Mapping[str, Any]) -> list[str]:
+    """List what is wrong with these hyperparameters: one message per mistake."""
+    return hyper_mistakes(find(name).function, hyper)
