@@ -9,6 +9,7 @@ from typing import Any
 from unlearn import models
 from unlearn.data import Example, Template, encode, load_rows, pad_token_id
 from unlearn.engines import Engine
+from unlearn.errors import UserError
 from unlearn.evals.forget_retain import Split
 from unlearn.objectives import OBJECTIVES
 from unlearn.recipes.benchmarks import Measures, find_measures
@@ -107,7 +108,18 @@ def prepare(recipe: Recipe, *, offline: bool = False) -> Prepared:
     measures = find_measures(recipe, splits, template, offline=offline)
     prepared = Prepared(recipe, source, tokenizer, template, streams, measures)
     _check_vocabularies(prepared)
+    _check_enough_rows(prepared)
     return prepared
+
+
+def _check_enough_rows(prepared: Prepared) -> None:
+    """Refuse more processes than there are rows: some would never have one."""
+    processes, rows = prepared.recipe.launch.processes, len(prepared.streams["forget"].examples)
+    if processes > rows:
+        raise UserError(
+            f"{processes} processes given, but the forget set has {rows} row{'s' * (rows > 1)}",
+            f"start {rows} or fewer (--nproc, --nnodes)",
+        )
 
 
 def sibling(source: models.ModelSource, path: str) -> models.ModelSource:
