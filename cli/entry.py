@@ -200,7 +200,7 @@ def _lower_memory(resume: str) -> str:
 def _usage(error: Any) -> Explained:
     if type(error).__name__ == "NoArgsIsHelpError":  # the help is on the screen already
         return Explained(MISTAKE, "")
-    message = error.format_message()
+    message = error.format_message().replace("Value error, ", "")
     command = getattr(getattr(error, "ctx", None), "command_path", "unlearn")
     return Explained(MISTAKE, message[:1].lower() + message[1:].rstrip("."), f"{command} --help")
 

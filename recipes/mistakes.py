@@ -155,6 +155,8 @@ def _describe(at: Location, details: ErrorDetails) -> str:
         return "missing, and it has no default"
     if kind == "value_error":
         return str(context["error"])
+    if "why" in context:  # a mistake of several keys together, which it names
+        return str(context["why"])
     if kind == "literal_error":
         allowed = _allowed(at) or [str(context["expected"])]
         close = did_you_mean(given, allowed) if isinstance(given, str) else ""

@@ -174,7 +174,18 @@ def prepare(recipe: Recipe, *, offline: bool = False) -> Prepared:
     prepared = replace(prepared, streams=streams | _other_answers(prepared))
     _check_vocabularies(prepared)
     _check_terms(prepared)
+    _check_enough_rows(prepared)
     return prepared
+
+
+def _check_enough_rows(prepared: Prepared) -> None:
+    """Refuse more processes than there are rows: some would never have one."""
+    processes, rows = prepared.recipe.launch.processes, len(prepared.streams["forget"].examples)
+    if processes > rows:
+        raise UserError(
+            f"{processes} processes given, but the forget set has {rows} row{'s' * (rows > 1)}",
+            f"start {rows} or fewer (--nproc, --nnodes)",
+        )
 
 
 def _other_answers(prepared: Prepared) -> dict[str, Stream]:

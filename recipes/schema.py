@@ -275,6 +275,12 @@ class SelectSection(_Section):
     """Metric -> bound: at most it where less is wanted, at least it where more is wanted."""
 
 
+def _meeting_place(value: str | None) -> str | None:
+    if value is not None and not re.fullmatch(r"[^\s:]+:\d+", value):
+        raise ValueError(f"{value!r} given; must be HOST:PORT, for instance node-1:29500")
+    return value
+
+
 class LaunchSection(_Section):
     """How many processes share the run, and which engine joins them."""
 
@@ -284,7 +290,7 @@ class LaunchSection(_Section):
     """Processes on each node, one per device."""
     nnodes: int = Field(default=1, ge=1)
     """Nodes that take part; the same command is started on each."""
-    rdzv: str | None = Field(default=None, pattern=r"^[^\s:]+:\d+$")
+    rdzv: Annotated[str | None, AfterValidator(_meeting_place)] = None
     """Where the nodes meet: HOST:PORT of one of them. Needed with several nodes."""
     device_memory: float | None = Field(default=None, gt=0)
     """GiB of each device, instead of what is found: for a plan, or to run whatever it says."""

@@ -110,10 +110,9 @@ def is_sharded(model: Any) -> bool:
 
 def local(tensor: Tensor) -> Tensor:
     """Give the part of a parameter (or gradient) that lies in this process; it may be empty."""
-    tensor = tensor.detach()
     if hasattr(tensor, "to_local"):
-        return tensor.to_local()
-    return getattr(tensor, "ds_tensor", tensor)
+        tensor = tensor.to_local()
+    return getattr(tensor, "ds_tensor", tensor).detach()  # what is detached has no ds_tensor
 
 
 def trained_weights(model: Any, *, keep: bool = True) -> Mapping[str, Tensor]:
