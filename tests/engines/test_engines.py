@@ -31,6 +31,13 @@ VARIANTS = {
     "checkpointed": ["training.gradient_checkpointing=true"],
     "kl": ["terms.retain.objective=kl"],
     "kl-lora": ["terms.retain.objective=kl", "model.lora.rank=4"],
+    "family": [
+        "terms.forget.objective=undial",
+        "terms.retain.objective=pdu_retain",
+        "terms.retain.multiplier=1.0",
+        "terms.retain.step_size=0.1",
+        "terms.retain.warmup_epochs=0.0",
+    ],
     "selected": ["evals.every=2", "evals.select_best.metric=forget_Q_A_Prob"],
     "refused": [],
     "measured": [
