@@ -103,7 +103,12 @@ def test_the_wheel_holds_every_module_and_every_file_it_reads(wheel: Path) -> No
     assert {name for name in found if name.endswith(".py")} == modules
     data = {
         path.relative_to(ROOT).as_posix()
-        for folder, kinds in (("recipes", ["*.yaml"]), ("evals", ["*.j2"]), ("data/demo", ["*.*"]))
+        for folder, kinds in (
+            ("recipes", ["*.yaml"]),
+            ("evals", ["*.j2"]),
+            ("data/demo", ["*.*"]),
+            ("data", ["refusals.txt"]),
+        )
         for kind in kinds
         for path in (ROOT / "unlearn" / folder).rglob(kind)
     }
