@@ -152,7 +152,7 @@ def _print_list(found: dict[str, Any]) -> None:
 
     console = Console()
     for kind in ("method", "preset"):
-        table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
+        table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="dim")
         table.add_column(Text(f"{kind}s", style="bold not dim"), no_wrap=True)
         table.add_column("forget", style="red")
         table.add_column("retain", style="cyan")

@@ -108,6 +108,7 @@ def test_the_wheel_holds_every_module_and_every_file_it_reads(wheel: Path) -> No
             ("evals", ["*.j2"]),
             ("jobs", ["*.j2"]),
             ("data/demo", ["*.*"]),
+            ("data", ["refusals.txt"]),
         )
         for kind in kinds
         for path in (ROOT / "unlearn" / folder).rglob(kind)

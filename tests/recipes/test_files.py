@@ -6,6 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from unlearn.errors import UserError
+from unlearn.objectives import OBJECTIVES
 from unlearn.recipes import files
 from unlearn.recipes.mistakes import RecipeError
 from unlearn.recipes.schema import Recipe
@@ -168,7 +169,7 @@ def test_every_mistake_is_reported_at_once_with_its_line(tmp_path):
     path = write(tmp_path, BAD)
     with pytest.raises(RecipeError) as caught:
         files.load(path, ["foo", "gamma=1", "training.save_steps=0", "model.retain_modl=x"])
-    objectives = "ceu, embed_diff, ga_annotated, ga_sampled, grad_ascent, kl, kl_all_positions"
+    objectives = ", ".join(sorted(OBJECTIVES))
     head, *lines = caught.value.message.splitlines()
     assert head == f"{path}: {len(lines)} mistakes"
     expected = [
@@ -179,7 +180,8 @@ def test_every_mistake_is_reported_at_once_with_its_line(tmp_path):
         "line 4: model.dtype: 'fp16' given; must be one of auto, float32, bfloat16",
         "line 5: data.template: 'hi' given; must contain {question}",
         f"line 7: terms.0.objective: 'npoo' given; must be one of {objectives}",
-        "line 8: terms.1.on: 'fget' given; must be one of forget, retain; did you mean 'forget'?",
+        "line 8: terms.1.on: 'fget' given; must be one of forget, retain, refusal, retain_refusal, "
+        "alternate; did you mean 'forget'?",
         "line 8: terms.1.betta: unknown hyperparameter 'betta' of npo; did you mean 'beta'?",
         "line 8: terms.1.wieght: unknown key; did you mean 'terms.1.weight'?",
         "line 9: terms.2.on: missing",
