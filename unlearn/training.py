@@ -148,8 +148,9 @@ class UnlearningTrainer(Trainer):
                 part = term.objective(*said, **term.hyper).sum() / counts[term.label]
                 self._read(term.label, part)
                 parts.append(term.weight * part)
+        labels = {term.label for term in self.terms}  # a term may be just that
         for (stream, _), scores in policy.items():
-            if isinstance(scores, Scores):
+            if isinstance(scores, Scores) and f"{stream}/nll" not in labels:
                 self._read(f"{stream}/nll", -scores.log_probs.sum() / counts[stream])
         # Engines average gradients over ranks, the counts are global: undo the average.
         return torch.stack(parts).sum() * self.accelerator.num_processes
