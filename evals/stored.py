@@ -41,8 +41,13 @@ def model_key(model: Any, weights_hash: str) -> str:
     off = any(getattr(module, "disable_adapters", False) is True for module in model.modules())
     active = None if off else getattr(model, "active_adapters", None)
     parts = [LAYOUT, weights_hash, str(model.dtype), plain(model).config.to_json_string()]
-    text = json.dumps([*parts, adapters, active], sort_keys=True, default=str)
+    text = json.dumps([*parts, adapters, active], sort_keys=True, default=_in_order)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _in_order(value: object) -> object:
+    """Write what JSON does not know; a set in another process has another order."""
+    return sorted(value, key=str) if isinstance(value, set | frozenset) else str(value)
 
 
 def sequence_key(example: Example) -> bytes:

@@ -273,7 +273,7 @@ def test_readings_are_step_means(make: Any, tmp_path: Path) -> None:
     assert one["forget/npo"] == pytest.approx(20 * 0.6931471805599453)
     for key in ("forget/npo", "retain/nll", "forget/nll"):
         assert one[key] == pytest.approx(four[key])
-    assert one["retain/nll"] > 4  # untrained: about ln 300 = 5.7 nats per token
+    assert 4 < one["retain/nll"] < 8  # untrained: about ln 300 = 5.7 nats per token, counted once
 
 
 def test_a_frozen_tensor_and_a_stuck_tensor_are_told_apart(make: Any, tmp_path: Path) -> None:

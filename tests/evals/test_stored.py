@@ -222,3 +222,19 @@ def test_processes_may_write_at_once(tmp_path: Path) -> None:
         assert writer.exitcode == 0
     found = Store(path).find([str(number).encode() for number in range(80)])
     assert found == [str(number).encode() * 9 for number in range(80)]
+
+
+def test_adapters_have_the_same_key_in_every_process(build_tiny_model: Any) -> None:
+    """The order of a set of words is another one in each process; the key must not know it."""
+    words = {f"layers.{n}.q_proj" for n in range(20)}
+
+    class Adapters:
+        def __init__(self, ordered: Any) -> None:
+            self.to_dict = lambda: {"target_modules": ordered}
+
+    keys = []
+    for ordered in (words, sorted(words)):
+        model = build_tiny_model()
+        model.peft_config = {"default": Adapters(ordered)}
+        keys.append(model_key(model, "weights"))
+    assert keys[0] == keys[1]

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from unlearn.objectives import batch_loss
@@ -30,6 +30,7 @@ def test_two_tokens_by_hand():
     assert found.tolist() == [[pytest.approx(math.log(2 / math.sqrt(3)), abs=1e-6)] * 2]
 
 
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 1000), scale=st.floats(0, 50))
 def test_never_negative_and_padding_counts_only_when_asked(seed, scale):
     logits = scale * torch.randn(2, 4, 11, generator=torch.Generator().manual_seed(seed)).double()
