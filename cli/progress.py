@@ -13,6 +13,7 @@ STAGES = {
     "start": "reading the recipe and the data",
     "load": "loading the model",
     "benchmark": "measuring",
+    "select": "choosing forget rows:",
     "reference": "scoring under the starting model:",
     "measure": "timing a few steps",
     "train": "unlearning",

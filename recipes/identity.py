@@ -46,6 +46,8 @@ def training_identity(prepared: Prepared, weights_hash: str) -> dict[str, Any]:
         "rows_per_step": prepared.rows_per_step,
     }
     found |= {f"{name} rows": one.sha256()[:16] for name, one in prepared.streams.items()}
+    if select := recipe.data.select:
+        found["data.select"] = select.settings() | {"seed": select.seed}
     return found | _engine(recipe)
 
 

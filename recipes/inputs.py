@@ -15,7 +15,7 @@ from unlearn.data.sources import Source, load_rows
 from unlearn.errors import UserError
 from unlearn.recipes.files import find, overlay, read
 from unlearn.recipes.overrides import overridden
-from unlearn.recipes.schema import EvalsSection, Recipe
+from unlearn.recipes.schema import DataSection, EvalsSection, Recipe
 from unlearn.runs import RunFolder
 
 LARGEST_EARLY = 2**26
@@ -50,6 +50,10 @@ def check_inputs(recipe: Recipe) -> None:
     for spec in (recipe.data.forget, recipe.data.retain):
         if spec:
             _check_source(spec, recipe.data.columns)
+    select = recipe.data.select
+    if select and select.manifest and not Path(select.manifest).is_file():
+        hint = "make one with `unlearn data select`"
+        raise UserError(f"no selection file '{select.manifest}'", hint)
 
 
 def check_model_folder(path: str | None) -> None:
@@ -89,11 +93,19 @@ def absolute(recipe: Recipe) -> Recipe:
     return recipe.model_copy(
         update={
             "model": model.model_copy(update={k: _absolute(v) for k, v in paths.items()}),
-            "data": data.model_copy(update={k: _absolute_spec(v) for k, v in specs.items()}),
+            "data": data.model_copy(update=_absolute_data(data, specs)),
             "evals": _absolute_evals(recipe.evals),
             "out": recipe.out and str(Path(recipe.out).absolute()),
         }
     )
+
+
+def _absolute_data(data: DataSection, specs: Mapping[str, str | None]) -> dict[str, Any]:
+    changes: dict[str, Any] = {name: _absolute_spec(spec) for name, spec in specs.items()}
+    if data.select and data.select.manifest:
+        place = {"manifest": _absolute(data.select.manifest)}
+        changes["select"] = data.select.model_copy(update=place)
+    return changes
 
 
 def _absolute_evals(evals: EvalsSection) -> EvalsSection:

@@ -44,6 +44,8 @@ class Prepared:
     template: Template
     streams: dict[str, Stream]
     measures: Measures
+    whole_forget: int | None = None
+    """Examples of the whole forget set, once the part that is trained on has been chosen."""
 
     @property
     def pad_id(self) -> int:
@@ -69,8 +71,12 @@ class Prepared:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimiser steps per epoch; the forget set is the epoch."""
-        return -(-len(self.streams["forget"].examples) // self.rows_per_step)
+        """Optimiser steps per epoch: a pass over the whole forget set.
+
+        A part of it that is trained on instead is passed over more often, in as many steps.
+        """
+        rows = self.whole_forget or len(self.streams["forget"].examples)
+        return -(-rows // self.rows_per_step)
 
     @property
     def steps(self) -> int:
