@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from unlearn.cli import data, doctor, evals, recipes, report, select
+from unlearn.cli import data, doctor, evals, recipes, report, select, sweep
 from unlearn.cli.entry import Json, Offline, go_offline, guarded, naming, say
 from unlearn.cli.progress import Emit, listening
 from unlearn.cli.ranks import (
@@ -342,6 +342,8 @@ def _show(results: dict[str, Any], *, json: bool) -> None:
     if rank() == 0:
         say(results, json=json, people=print_results)
 
+
+app.command(rich_help_panel=RUNS, epilog=sweep.EPILOG)(sweep.sweep)
 
 # here and not above, because panels of the help follow the order of the commands
 app.command(rich_help_panel=BEFORE, epilog=doctor.EPILOG)(doctor.doctor)

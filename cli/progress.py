@@ -13,6 +13,7 @@ STAGES = {
     "start": "reading the recipe and the data",
     "load": "loading the model",
     "benchmark": "measuring",
+    "cell": "run",
     "select": "choosing forget rows:",
     "reference": "scoring under the starting model:",
     "measure": "timing a few steps",

@@ -110,7 +110,9 @@ def prepare(recipe: Recipe, *, offline: bool = False) -> Prepared:
             examples = encode(rows, tokenizer, template, max_length=data.max_length, source=spec)
             streams[name] = Stream(spec, rows, examples)
     splits = {name: Split(one.rows, one.examples, template) for name, one in streams.items()}
-    measures = find_measures(recipe, splits, template, offline=offline)
+    measures = find_measures(
+        recipe, splits, template, offline=offline, load_start=lambda: models.load_model(source)
+    )
     prepared = Prepared(recipe, source, tokenizer, template, streams, measures)
     _check_vocabularies(prepared)
     return prepared
