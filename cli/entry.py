@@ -153,6 +153,7 @@ def explain(error: BaseException) -> Explained:
         return Explained(MISTAKE, error.message, error.hint)
     if isinstance(error, Interrupted | Halt | KeyboardInterrupt):
         how = f"{resume} continues it" if begun else f"nothing was written; {resume} starts again"
+        how = getattr(error, "hint", "") or how
         return Explained(INTERRUPTED, text or "stopped on request", how)
     if isinstance(error, RunFailed):
         return Explained(FAILED, error.message, error.hint)

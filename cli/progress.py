@@ -56,7 +56,9 @@ def describe(event: dict[str, Any]) -> str:
     detail = event.get("name") or event.get("stream") or ""
     if event.get("resumed_from"):
         detail = f"from {event['resumed_from']}"
-    return f"{text} {detail}".strip().replace("_", " ")
+    if event["stage"] != "cell":  # a folder's name, which stays as it is
+        detail = detail.replace("_", " ")
+    return f"{text} {detail}".strip()
 
 
 SUMMARY = {"model_utility": "model utility", "forget_quality": "forget quality"}

@@ -13,6 +13,8 @@ EPILOG = (
     "--retain people#retain --out runs/sweep[/bold]"
 )
 WHAT, HOW = "What is run", "How it is run"
+NAME, NUMBER = 14, 8
+"""Least width of a name and of a number in the table, in characters."""
 
 Recipes = Annotated[
     list[str],
@@ -232,7 +234,9 @@ def _run(
         except Interrupted:
             done = sum(cell.state == "complete" for cell in cells)
             text = f"{done} of {len(cells)} runs are complete"
-            raise Interrupted(text) from None
+            stopped = Interrupted(text)
+            stopped.hint = "the same command goes on"
+            raise stopped from None
         return finish(described, outcomes, curve=setting)
 
 
@@ -283,7 +287,7 @@ def _print(content: dict[str, Any]) -> None:
 
     console = Console()
     if content["table"]:
-        console.print(_table(content["table"]))
+        console.print(_table(content["table"], console.width))
         console.print(content["table"]["note"], style="dim", highlight=False)
     if content["not_ranked"]:
         console.print(f"no leaderboard: {content['not_ranked']}", highlight=False, markup=False)
@@ -292,8 +296,8 @@ def _print(content: dict[str, Any]) -> None:
         console.print(path, highlight=False, markup=False, soft_wrap=True)
 
 
-def _table(found: dict[str, Any]) -> Any:
-    """Draw the table; an interval stands under its mean, so that all columns fit."""
+def _table(found: dict[str, Any], width: int) -> Any:
+    """Draw the table; an interval stands under its mean, and as many columns are shown as fit."""
     from rich.markup import escape
     from rich.table import Table
 
@@ -301,14 +305,19 @@ def _table(found: dict[str, Any]) -> Any:
     from unlearn.evals.report.seeds import ARROWS, cell_text
 
     table = Table(**PLAIN)
-    table.add_column("", overflow="fold")
-    table.add_column("seeds", justify="right")
+    table.add_column("", overflow="fold", min_width=NAME)
+    table.add_column("seeds", justify="right", no_wrap=True)
+    columns, left = [], width - NAME - 12
     for column in found["columns"]:
         title = f"{column['title'].lower()}{ARROWS.get(column['direction'], '')}"
-        table.add_column(title, justify="right", min_width=7)
+        needed = max(NUMBER, *map(len, title.split()))
+        left -= needed + 3
+        if left >= 0:
+            columns.append(column["metric"])
+            table.add_column(title, justify="right", min_width=needed)
     for style, rows in (("", found["rows"]), ("dim", found["references"])):
         for row in rows:
-            cells = [cell_text(row["values"].get(c["metric"]), "\n± ") for c in found["columns"]]
+            cells = [cell_text(row, metric, "\n± ") for metric in columns]
             table.add_row(escape(row["name"]), str(row.get("n", "")), *cells, style=style)
         table.add_section()
     return table

@@ -32,8 +32,11 @@ class Interrupted(BaseException):
     """The run was stopped on request and can be resumed (exit code 75).
 
     Like KeyboardInterrupt it is no Exception: it is raised from a signal handler, anywhere, and
-    libraries that catch every Exception to try something else would swallow it.
+    libraries that catch every Exception to try something else would swallow it. ``hint`` says how
+    to go on, where that is not plain.
     """
+
+    hint: str = ""
 
 
 def did_you_mean(given: str, allowed: Iterable[str]) -> str:

@@ -40,6 +40,8 @@ def seed_table(found: Sequence[Found]) -> dict[str, Any]:
     tables = [{row.name: row for row in table(one.results)} for one in found]
     rows = grouped(found, tables)
     had = {name for rows in tables for name in rows} | {"seconds"}
+    if "model_utility" in had:
+        had.discard("retain_Q_A_Prob")  # one of its nine parts
     columns = [
         {"title": column.title, "metric": metric, "direction": column.direction}
         for column in COLUMNS
@@ -74,13 +76,19 @@ def _estimate(group: Group, metric: str) -> Estimate | None:
     return t_interval(known) if known and len(known) == len(values) else None
 
 
-def cell_text(estimate: Mapping[str, Any] | None, separator: str = " ± ") -> str:
+def cell_text(row: Mapping[str, Any], metric: str, separator: str = " ± ") -> str:
     """Write a mean and half of its interval; a dash where nothing was measured."""
+    estimate = row["values"].get(metric)
     if estimate is None:
         return "–"
+    write = _seconds if metric == "seconds" else number
     if estimate["high"] is None:
-        return number(estimate["mean"])
-    return f"{number(estimate['mean'])}{separator}{number(estimate['high'] - estimate['mean'])}"
+        return write(estimate["mean"])
+    return f"{write(estimate['mean'])}{separator}{write(estimate['high'] - estimate['mean'])}"
+
+
+def _seconds(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1f}"
 
 
 def to_markdown(found: Mapping[str, Any], command: str) -> str:
@@ -97,5 +105,5 @@ def to_markdown(found: Mapping[str, Any], command: str) -> str:
 
 def _line(row: Mapping[str, Any], columns: Sequence[Mapping[str, str]], seeds: str) -> str:
     name = str(row["name"]).replace("|", "\\|")
-    cells = [cell_text(row["values"].get(one["metric"])) for one in columns]
+    cells = [cell_text(row, one["metric"]) for one in columns]
     return f"| {name} | {seeds} | {' | '.join(cells)} |"
