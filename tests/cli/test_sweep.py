@@ -229,6 +229,21 @@ def test_a_sweep_as_a_file(world, unlearn):
     refused(unlearn("sweep", "sweep.yaml", "--json"), "seedz: unknown key; one of recipes, grid")
 
 
+def test_a_sweep_from_python(world):
+    text = (Path(__file__).parents[2] / "docs" / "sweeps.md").read_text(encoding="utf-8")
+    code = text.split("```python\n")[1].split("```")[0]
+    base = {
+        "model": {"path": "model"},
+        "data": {"forget": "forget.jsonl", "retain": "retain.jsonl"},
+        "training": {"max_steps": 1},
+        "evals": {"generate": False, "max_rows": 2},
+    }
+    names: dict[str, Any] = {}
+    exec(code.replace("{...}", repr(base)), names)
+    assert names["content"]["table"]["rows"][0]["n"] == 2
+    assert Path("runs/sweep/compare.md").is_file()
+
+
 def test_the_coreset_curve(sweep):
     """Two selectors, two parts, two seeds: two lines of two places with both seeds in each."""
     grid = ("--grid", "data.select.by=random,mink", "--grid", "data.select.fraction=0.25,1")
