@@ -116,11 +116,23 @@ def _panel(axes: Axes, panel: Mapping[str, Any], names: Sequence[str]) -> None:
             linewidth=1.5,
             label=name,
         )
-    for who, value in panel["references"].items():
+    for value in panel["references"].values():
         axes.axhline(value, color=FAINT, linewidth=0.9, linestyle=(0, (4, 3)), zorder=0)
+    axes.margins(x=0.03, y=0.12)
+    tidy(axes)
+    _name_levels(axes, panel["references"])
+
+
+def _name_levels(axes: Axes, levels: Mapping[str, float]) -> None:
+    """Write beside each level which model it is; names that would overlap are moved apart."""
+    low, high = axes.get_ylim()
+    lowest = -math.inf
+    for who, value in sorted(levels.items(), key=lambda level: level[1]):
+        height = max(value, lowest + 0.1 * (high - low))
+        lowest = height
         axes.annotate(
             REFERENCES.get(who, who),
-            xy=(1, value),
+            xy=(1, height),
             xycoords=("axes fraction", "data"),
             xytext=(4, 0),
             textcoords="offset points",
@@ -129,8 +141,6 @@ def _panel(axes: Axes, panel: Mapping[str, Any], names: Sequence[str]) -> None:
             color=FAINT,
             annotation_clip=False,
         )
-    axes.margins(x=0.03, y=0.12)
-    tidy(axes)
 
 
 def _scale(axes: Axes, curve: Mapping[str, Any]) -> None:
