@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from unlearn.cli.entry import FAILED, WORDS, Json, Offline, go_offline, say
+from unlearn.cli.entry import FAILED, WORDS, Halt, Json, Offline, go_offline, say
 
 EPILOG = (
     "Example: [bold]unlearn sweep tofu-tiny/npo tofu-tiny/grad_diff --seeds 0,1,2 "
@@ -231,7 +231,7 @@ def _run(
         begin(described, cells)
         try:
             outcomes = run_cells(cells, jobs=jobs, emit=emit, offline=offline)
-        except Interrupted:
+        except (Interrupted, Halt, KeyboardInterrupt):
             done = sum(cell.state == "complete" for cell in cells)
             text = f"{done} of {len(cells)} runs are complete"
             stopped = Interrupted(text)

@@ -4,6 +4,9 @@ import contextlib
 import json
 import os
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -276,3 +279,23 @@ def test_several_at_a_time_give_the_same(sweep):
         assert ours["values"] == theirs["values"]
     assert "measuring after" in Path("together/logs/npo_seed=0.log").read_text()
     assert "unlearn" in json.loads(Path("together/npo_seed=0/manifest.json").read_text())["command"]
+
+
+@pytest.mark.slow
+def test_a_stop_is_passed_on_to_the_processes(world):
+    """Both runs under way save their last step; the sweep ends as a stopped run does."""
+    command = [sys.executable, "-m", "unlearn.cli", "sweep", "npo", "--model", "model",
+               "--forget", "forget.jsonl", "--retain", "retain.jsonl", "--out", "all",
+               "--jobs", "2", "--seeds", "0,1", *settings("training.max_steps=100000")]  # fmt: skip
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    events = [Path(f"all/npo_seed={seed}/events.jsonl") for seed in (0, 1)]
+    while not all(path.exists() and '"step"' in path.read_text() for path in events):
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.terminate()
+    told = process.communicate(timeout=60)[1]
+    assert process.returncode == 75
+    assert "interrupted: 0 of 2 runs are complete" in told
+    assert "the same command goes on" in told
+    for path in events:
+        assert any((path.parent / "checkpoints").glob("checkpoint-*/complete.json"))
