@@ -1,8 +1,8 @@
 """Which rows of a forget set to train on: one score per row, and the highest are kept.
 
-Every selector is a ranking, so a smaller part is always contained in a larger one. Pairs of a
-score's origin and its reading: Pal et al. 2025, "LLM Unlearning Reveals a Stronger-Than-Expected
-Coreset Effect in Current Benchmarks", arXiv:2504.10185, unless a docstring says otherwise.
+Every selector is a ranking, so a smaller part is always contained in a larger one. What is ranked
+by follows Pal et al. 2025, "LLM Unlearning Reveals a Stronger-Than-Expected Coreset Effect in
+Current Benchmarks", arXiv:2504.10185, unless a docstring says otherwise.
 """
 
 import math
