@@ -13,8 +13,9 @@ EPILOG = (
     "--retain people#retain --out runs/sweep[/bold]"
 )
 WHAT, HOW = "What is run", "How it is run"
-NAME, NUMBER = 14, 8
-"""Least width of a name and of a number in the table, in characters."""
+NAME, NAMES, GAP = 14, 40, 2
+"""Least and largest width of a name, and the space between columns, in characters."""
+NO_BREAK = "\N{NO-BREAK SPACE}"
 
 Recipes = Annotated[
     list[str],
@@ -304,20 +305,27 @@ def _table(found: dict[str, Any], width: int) -> Any:
     from unlearn.cli.render import PLAIN
     from unlearn.evals.report.seeds import ARROWS, cell_text
 
+    rows = [*found["rows"], *found["references"]]
+    names = max(NAME, min(NAMES, *(len(row["name"]) for row in rows)))
     table = Table(**PLAIN)
-    table.add_column("", overflow="fold", min_width=NAME)
+    table.add_column("", overflow="fold", width=names)
     table.add_column("seeds", justify="right", no_wrap=True)
-    columns, left = [], width - NAME - 12
+    drawn, left = [], width - names - len("seeds") - GAP
     for column in found["columns"]:
-        title = f"{column['title'].lower()}{ARROWS.get(column['direction'], '')}"
-        needed = max(NUMBER, *map(len, title.split()))
-        left -= needed + 3
+        arrow = ARROWS.get(column["direction"], "").replace(" ", NO_BREAK)
+        title = f"{column['title'][0].lower()}{column['title'][1:]}{arrow}"
+        cells = [cell_text(row, column["metric"], "\n± ") for row in rows]
+        words = [*title.replace(NO_BREAK, "_").split(), *"\n".join(cells).split("\n")]
+        needed = max(map(len, words))
+        left -= needed + GAP
         if left >= 0:
-            columns.append(column["metric"])
-            table.add_column(title, justify="right", min_width=needed)
-    for style, rows in (("", found["rows"]), ("dim", found["references"])):
-        for row in rows:
-            cells = [cell_text(row, metric, "\n± ") for metric in columns]
-            table.add_row(escape(row["name"]), str(row.get("n", "")), *cells, style=style)
-        table.add_section()
+            table.add_column(title, justify="right", width=needed)
+            drawn.append(cells)
+    if len(drawn) < len(found["columns"]):
+        table.caption = "more columns on a wider terminal, in sweep.json and with --markdown"
+        table.caption_justify = "left"
+    for place, row in enumerate(rows):
+        style = "" if place < len(found["rows"]) else "dim"
+        told = [cells[place] for cells in drawn]
+        table.add_row(escape(row["name"]), str(row.get("n", "")), *told, style=style)
     return table
