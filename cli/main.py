@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from unlearn.cli import data, doctor, evals, jobs, recipes, report
+from unlearn.cli import data, doctor, evals, jobs, recipes, report, select, sweep
 from unlearn.cli.entry import Json, Offline, go_offline, guarded, naming, say
 from unlearn.cli.progress import Emit, listening
 from unlearn.cli.ranks import (
@@ -19,6 +19,7 @@ from unlearn.cli.ranks import (
     start,
     start_run,
 )
+from unlearn.cli.select import By, Fraction, Indices, choice_changes
 from unlearn.launch import rank
 
 RUNS, BEFORE, AFTER = "Runs", "Before a run", "Evidence"
@@ -32,6 +33,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+data.app.command(epilog=select.EPILOG)(select.select)
 app.add_typer(data.app, name="data", rich_help_panel=BEFORE)
 app.add_typer(recipes.app, name="recipes", rich_help_panel=BEFORE)
 app.add_typer(evals.app, name="eval", rich_help_panel=AFTER)
@@ -130,6 +132,9 @@ def run(
     recipe: Preset = None,
     lora: Lora = False,
     set_: Set = None,
+    forget_select: By = None,
+    forget_fraction: Fraction = None,
+    forget_indices: Indices = None,
     nproc: Nproc = None,
     engine: Engine = None,
     nnodes: Nnodes = None,
@@ -140,6 +145,8 @@ def run(
     """Unlearn: train a model to lose the forget set and keep the retain set."""
     changes = _changes(map_, model=model, forget=forget, retain=retain, out=out)
     changes |= launch_changes(nproc, engine, nnodes, rdzv)
+    if part := choice_changes(forget_select, forget_fraction, forget_indices):
+        changes.setdefault("data", {})["select"] = part
     with listening(quiet=rank() > 0) as emit:
         emit({"event": "stage", "stage": "start"})
         resolved = _resolve(method, recipe, changes, set_ or [], lora)
@@ -291,6 +298,9 @@ def plan(
     recipe: Preset = None,
     lora: Lora = False,
     set_: Set = None,
+    forget_select: By = None,
+    forget_fraction: Fraction = None,
+    forget_indices: Indices = None,
     nproc: Nproc = None,
     engine: Engine = None,
     nnodes: Nnodes = None,
@@ -321,6 +331,8 @@ def plan(
         map_, model=model, forget=forget, retain=retain, out=out or Path("runs/plan")
     )
     changes |= launch_changes(nproc, engine, nnodes, rdzv)
+    if part := choice_changes(forget_select, forget_fraction, forget_indices):
+        changes.setdefault("data", {})["select"] = part
     if device_memory:
         changes.setdefault("launch", {})["device_memory"] = device_memory
     go_offline(offline)
@@ -397,6 +409,8 @@ def _show(results: dict[str, Any], *, json: bool) -> None:
     if rank() == 0:
         say(results, json=json, people=print_results)
 
+
+app.command(rich_help_panel=RUNS, epilog=sweep.EPILOG)(sweep.sweep)
 
 # here and not above, because panels of the help follow the order of the commands
 app.command(rich_help_panel=BEFORE, epilog=doctor.EPILOG)(doctor.doctor)

@@ -57,6 +57,8 @@ def _steps(console: Any, plan: dict[str, Any]) -> None:
         f"[bold]{tokens['total']:,}[/bold] tokens ({tokens['per_step']:,} per step)",
         highlight=False,
     )
+    if chosen := plan["selection"]:
+        console.print(selection_line(chosen), highlight=False)
     processes = f" x {steps['processes']} processes" if steps["processes"] > 1 else ""
     console.print(
         f"{steps['effective_batch']} forget rows per step: {steps['per_device']} at once x "
@@ -66,6 +68,17 @@ def _steps(console: Any, plan: dict[str, Any]) -> None:
     console.print(
         f"{parameters['trainable']:,} of {parameters['total']:,} weights trained", highlight=False
     )
+
+
+def selection_line(chosen: dict[str, Any]) -> str:
+    """Say in one line which part of the forget set is trained on, and how often."""
+    of = f"{chosen['of']} forget rows"
+    if chosen["rows"] is None:
+        return f"trained on keywords of the {of}; which, the run decides"
+    text = f"trained on {chosen['rows']} of the {of} ({chosen['by']})"
+    if "scaled_from" in chosen:
+        text += f", {chosen['passes']:g} times instead of {chosen['scaled_from']:g}: as many steps"
+    return f"{text} as for all rows" if "scaled_from" in chosen else text
 
 
 def _times(passes: int) -> str:

@@ -13,6 +13,8 @@ STAGES = {
     "start": "reading the recipe and the data",
     "load": "loading the model",
     "benchmark": "measuring",
+    "cell": "run",
+    "select": "choosing forget rows:",
     "reference": "scoring under the starting model:",
     "alternates": "writing other answers",
     "measure": "timing a few steps",
@@ -55,7 +57,9 @@ def describe(event: dict[str, Any]) -> str:
     detail = event.get("name") or event.get("stream") or ""
     if event.get("resumed_from"):
         detail = f"from {event['resumed_from']}"
-    return f"{text} {detail}".strip().replace("_", " ")
+    if event["stage"] != "cell":  # a folder's name, which stays as it is
+        detail = detail.replace("_", " ")
+    return f"{text} {detail}".strip()
 
 
 SUMMARY = {"model_utility": "model utility", "forget_quality": "forget quality"}

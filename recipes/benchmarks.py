@@ -9,6 +9,7 @@ from unlearn.data import Template
 from unlearn.errors import UserError
 from unlearn.evals.benchmark import Benchmark, Progress, Result
 from unlearn.evals.forget_retain import ForgetRetain, Split
+from unlearn.evals.retain_kl import RetainKl
 from unlearn.evals.statistics import RetainSide
 from unlearn.evals.tofu.benchmark import Tofu, TofuOptions
 from unlearn.evals.tofu.compare import (
@@ -62,19 +63,36 @@ class Measures:
 
 
 def find_measures(
-    recipe: Recipe, splits: Mapping[str, Split], template: Template, *, offline: bool
+    recipe: Recipe,
+    splits: Mapping[str, Split],
+    template: Template,
+    *,
+    offline: bool,
+    load_start: Callable[[], Any],
 ) -> Measures:
     """Load the data of every benchmark that the recipe asks for.
+
+    ``load_start`` gives the model before unlearning, to the benchmark that compares with it.
 
     Raises:
         UserError: a dataset, a task or a log is missing or wrong.
     """
     evals = recipe.evals
+    more = (*_distance(recipe, splits, load_start), *_harness(evals.lm_eval, offline))
     if evals.tofu is None:
-        return Measures((_plain(recipe, splits), *_harness(evals.lm_eval, offline)))
+        return Measures((_plain(recipe, splits), *more))
     tofu = Tofu.load(_tofu_options(recipe), offline=offline)
     tofu.prepare(template.tokenizer)
-    return Measures((tofu, *_harness(evals.lm_eval, offline)), _logs(recipe, tofu))
+    return Measures((tofu, *more), _logs(recipe, tofu))
+
+
+def _distance(
+    recipe: Recipe, splits: Mapping[str, Split], load_start: Callable[[], Any]
+) -> tuple[Benchmark, ...]:
+    evals = recipe.evals
+    if not evals.retain_kl:
+        return ()
+    return (RetainKl(splits["retain"], load_start, evals.max_rows, evals.batch_tokens),)
 
 
 def _plain(recipe: Recipe, splits: Mapping[str, Split]) -> ForgetRetain:

@@ -11,6 +11,7 @@ from unlearn import models
 from unlearn.data import Example
 from unlearn.engines import SHARDED
 from unlearn.evals.memory import scoring_bytes, writing_bytes
+from unlearn.evals.retain_kl import logit_bytes
 from unlearn.head import plain
 from unlearn.recipes.footprint import Footprint, meta_model
 from unlearn.recipes.memory import (
@@ -95,7 +96,7 @@ def _read_layers(prepared: Prepared) -> list[int]:
 
 def estimate(prepared: Prepared, sized: Sized) -> Estimate:
     """Put the formulas of ``unlearn.recipes.memory`` together for a run."""
-    size, measuring = sized.size, _measuring(prepared, sized.model)
+    size, measuring = sized.size, _measuring(prepared, sized.model, sized.size.weights)
     how, batch = training_of(prepared), largest_batch(prepared, size)
     parts = training_parts(size, batch, how)
     device = device_of(prepared.recipe)
@@ -256,8 +257,11 @@ def _tokens(size: Footprint, streams: list[list[Example]]) -> int:
     return sum(lengths) if size.packs else len(lengths) * max(lengths)
 
 
-def _measuring(prepared: Prepared, model: Any) -> Measuring:
-    """Give the larger of one forward pass and the cache of the answers being written."""
+def _measuring(prepared: Prepared, model: Any, weights: float) -> Measuring:
+    """Give the larger of one forward pass and the cache of the answers being written.
+
+    ``weights`` are those of a whole model: a second one is held for the distance from the start.
+    """
     evals, model = prepared.recipe.evals, plain(model)
     examples = [row for stream in prepared.streams.values() for row in stream.examples]
     longest = max(len(row.input_ids) for row in examples)
@@ -271,4 +275,7 @@ def _measuring(prepared: Prepared, model: Any) -> Measuring:
             room = min(room, asked * (longest + evals.max_new_tokens))
         why = f"keys and values of {room:,} tokens"
         found.append(Measuring(writing_bytes(model, room), why))
+    if evals.retain_kl:
+        why = "the starting model, and the logits of both"
+        found.append(Measuring(weights + logit_bytes(model, evals.batch_tokens), why))
     return max(found, key=lambda one: one.bytes)

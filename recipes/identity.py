@@ -49,6 +49,8 @@ def training_identity(prepared: Prepared, weights_hash: str) -> dict[str, Any]:
     if assistant := recipe.assistant:
         found["assistant"] = assistant.model_dump(mode="json", include={"layers", "combine"})
     found |= {f"{name} rows": one.sha256()[:16] for name, one in prepared.streams.items()}
+    if select := recipe.data.select:
+        found["data.select"] = select.settings() | {"seed": select.seed}
     return found | _engine(recipe)
 
 

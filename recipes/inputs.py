@@ -17,7 +17,7 @@ from unlearn.data.sources import Source, load_rows, load_variants
 from unlearn.errors import UserError
 from unlearn.recipes.files import find, overlay, read
 from unlearn.recipes.overrides import overridden
-from unlearn.recipes.schema import EvalsSection, Recipe, Term
+from unlearn.recipes.schema import DataSection, EvalsSection, Recipe, Term
 from unlearn.runs import RunFolder
 
 LARGEST_EARLY = 2**26
@@ -59,9 +59,18 @@ def check_inputs(recipe: Recipe) -> None:
                 check_answerable(rows, stream, spec)
                 if stream == "alternate":
                     alternates_of(rows, spec)
-    for extra in (*recipe.data.forget_extra, *recipe.data.retain_extra):
+    _check_more(recipe.data)
+
+
+def _check_more(data: DataSection) -> None:
+    """Check files that add rows, or name rows."""
+    for extra in (*data.forget_extra, *data.retain_extra):
         if _is_small_file(extra.source):
             load_variants(extra.source, columns=extra.columns, take=extra.take)
+    select = data.select
+    if select and select.manifest and not Path(select.manifest).is_file():
+        hint = "make one with `unlearn data select`"
+        raise UserError(f"no selection file '{select.manifest}'", hint)
 
 
 def check_model_folder(path: str | None) -> None:
@@ -102,24 +111,31 @@ def absolute(recipe: Recipe) -> Recipe:
     """Give the recipe with every path that exists here, and ``out``, made absolute."""
     model, data = recipe.model, recipe.data
     paths = {name: getattr(model, name) for name in ("path", "retain_model")}
-    specs = {name: _absolute_spec(getattr(data, name)) for name in ("forget", "retain")}
-    specs["refusals"] = _absolute(data.refusals)
-    extra = {
-        name: tuple(
-            one.model_copy(update={"source": _absolute_spec(one.source)})
-            for one in getattr(data, name)
-        )
-        for name in ("forget_extra", "retain_extra")
-    }
     return recipe.model_copy(
         update={
             "model": model.model_copy(update={k: _absolute(v) for k, v in paths.items()}),
-            "data": data.model_copy(update=specs | extra),
+            "data": data.model_copy(update=_absolute_data(data)),
             "evals": _absolute_evals(recipe.evals),
             "terms": tuple(_absolute_term(term) for term in recipe.terms),
             "out": recipe.out and str(Path(recipe.out).absolute()),
         }
     )
+
+
+def _absolute_data(data: DataSection) -> dict[str, Any]:
+    changes: dict[str, Any] = {
+        name: _absolute_spec(getattr(data, name)) for name in ("forget", "retain")
+    }
+    changes["refusals"] = _absolute(data.refusals)
+    for name in ("forget_extra", "retain_extra"):
+        changes[name] = tuple(
+            one.model_copy(update={"source": _absolute_spec(one.source)})
+            for one in getattr(data, name)
+        )
+    if data.select and data.select.manifest:
+        place = {"manifest": _absolute(data.select.manifest)}
+        changes["select"] = data.select.model_copy(update=place)
+    return changes
 
 
 def _absolute_term(term: Term) -> Term:

@@ -253,7 +253,7 @@ def _objectives(tree: Tree) -> Iterator[Mistake]:
             yield Mistake(("terms", index, "objective"), message)
             continue
         if isinstance(name, str):
-            if why := pair_mistake(name, term.get("rejected")):
+            if why := pair_mistake(find(name), term.get("rejected")):
                 yield Mistake(("terms", index, "rejected"), why)
             extras = {key: value for key, value in term.items() if key not in Term.model_fields}
             for key, value in extras.items():

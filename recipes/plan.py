@@ -24,6 +24,7 @@ from unlearn.recipes.footprint import Footprint
 from unlearn.recipes.memory import Part, Training, held
 from unlearn.recipes.prepare import Prepared
 from unlearn.recipes.schema import LaunchSection
+from unlearn.recipes.subset import choice_plan
 from unlearn.recipes.train import make_trainer
 from unlearn.runs import RunFolder
 
@@ -50,6 +51,7 @@ def plan_run(prepared: Prepared) -> dict[str, Any]:
         "device": found.device,
         "dtype": str(models.resolve_dtype(recipe.model.dtype)).removeprefix("torch."),
         "steps": _steps(prepared),
+        "selection": choice_plan(prepared),
         "tokens": _tokens(prepared),
         "parameters": {"total": size.parameters, "trainable": size.trainable},
         **_memory(found),
@@ -172,7 +174,10 @@ def _tokens(prepared: Prepared) -> dict[str, int]:
         statistics.mean(len(example.input_ids) for example in stream.examples)
         for stream in prepared.trained.values()
     ]
-    rows = min(prepared.rows_per_step, len(prepared.streams["forget"].examples))
+    rows: float = min(prepared.rows_per_step, len(prepared.streams["forget"].examples))
+    chosen = choice_plan(prepared)
+    if chosen and "passes" in chosen:  # the last step of a pass takes what is left of the rows
+        rows = chosen["rows"] * chosen["passes"] / prepared.steps
     per_step = round(sum(means) * rows)
     return {"per_step": per_step, "total": per_step * prepared.steps}
 

@@ -70,6 +70,8 @@ class Prepared:
     streams: dict[str, Stream]
     measures: Measures
     measured: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    whole_forget: int | None = None
+    """Examples of the whole forget set, once the part that is trained on has been chosen."""
 
     @property
     def pad_id(self) -> int:
@@ -128,8 +130,12 @@ class Prepared:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimiser steps per epoch; the forget set is the epoch."""
-        return -(-len(self.streams["forget"].examples) // self.rows_per_step)
+        """Optimiser steps per epoch: a pass over the whole forget set.
+
+        A part of it that is trained on instead is passed over more often, in as many steps.
+        """
+        rows = self.whole_forget or len(self.streams["forget"].examples)
+        return -(-rows // self.rows_per_step)
 
     @property
     def steps(self) -> int:
@@ -147,6 +153,7 @@ def prepare(recipe: Recipe, *, offline: bool = False) -> Prepared:
         UserError: anything about the input that would fail later.
     """
     recipe.require_runnable()
+    _check_choice(recipe)
     source = model_source(recipe, offline=offline)
     models.check_source(source)
     require_plain(source)
@@ -169,7 +176,9 @@ def prepare(recipe: Recipe, *, offline: bool = False) -> Prepared:
             splits[name] = Split(rows, examples, template)
             more = [one for part in extra for one in _extra(part, offline=offline, **how)]
             streams[name] = Stream(spec, rows, examples + more, extra=len(more))
-    measures = find_measures(recipe, splits, template, offline=offline)
+    measures = find_measures(
+        recipe, splits, template, offline=offline, load_start=lambda: models.load_model(source)
+    )
     prepared = Prepared(recipe, source, tokenizer, template, streams, measures)
     prepared = replace(prepared, streams=streams | _other_answers(prepared))
     _check_vocabularies(prepared)
@@ -185,6 +194,17 @@ def _check_enough_rows(prepared: Prepared) -> None:
         raise UserError(
             f"{processes} processes given, but the forget set has {rows} row{'s' * (rows > 1)}",
             f"start {rows} or fewer (--nproc, --nnodes)",
+        )
+
+
+def _check_choice(recipe: Recipe) -> None:
+    """Refuse to choose rows of a forget set to which others are tied."""
+    others = sorted(name for name in recipe.read_streams() if BELONGS.get(name) == "forget")
+    tied = "data.forget_extra" if recipe.data.forget_extra else ", ".join(others)
+    if recipe.data.select and tied:
+        raise UserError(
+            f"data.select given together with {tied}, whose rows belong to the whole forget set",
+            "write the rows to be trained on to a file of their own and name it as data.forget",
         )
 
 

@@ -20,6 +20,10 @@ def put_together(
     provenance = dict(manifest)
     training = provenance.pop("training")
     selected = provenance.pop("selected", None)
+    selection = provenance.get("selection")
+    if selection:  # the row numbers are in manifest.json and below
+        listed = {key: value for key, value in selection.items() if key != "indices"}
+        provenance["selection"] = listed
     return {
         **_places(folder),
         "status": "complete",
@@ -35,6 +39,7 @@ def put_together(
         "truth_ratios": {name: forget_ratios(result["records"]) for name, result in found.items()},
         "leakage": {name: leakage(result["records"]) for name, result in found.items()},
         "selected": selected,
+        "selection": selection,
         "settings": found["after"]["settings"],
         "warnings": warnings(folder, found, selected),
         "provenance": provenance,

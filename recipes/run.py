@@ -31,6 +31,8 @@ from unlearn.recipes.prepare import Prepared, prepare, sibling
 from unlearn.recipes.results import put_together, stored_results
 from unlearn.recipes.schema import Recipe
 from unlearn.recipes.selection import Selection, check_rule
+from unlearn.recipes.selectors import check_choice, select
+from unlearn.recipes.subset import Selected, trained_on, trained_part
 from unlearn.recipes.train import measure_start, train, whole_model
 from unlearn.runs import RunFolder, command_line, staged, versions, write_atomic, write_json
 
@@ -48,6 +50,7 @@ def run(
         Interrupted: stopped by SIGINT or SIGTERM. The folder can be resumed.
     """
     prepared, ranks = prepare(recipe, offline=offline), Ranks.world()
+    check_choice(prepared)
     folder = RunFolder(Path(str(recipe.out)))
     with _held(folder, ranks, new=prepared):
         if ranks.rank > 0:
@@ -208,6 +211,8 @@ class _Run:
         if self.prepared.measured:
             self.manifest["measured"] = self.prepared.measured
         self.write(self.folder.manifest, self.manifest)
+        if self.prepared.recipe.data.select:
+            self._choose(model)
         if self.checkpoint:
             self._go_back(self.checkpoint)
         before = self.benchmark("before", model)
@@ -228,6 +233,17 @@ class _Run:
         self._save(model)
         del model
         gc.collect()
+
+    def _choose(self, model: Any) -> None:
+        """Train on a part of the forget set from here on; a run chooses once."""
+        place, weights = self.folder.selection, self.manifest["model_sha256"]
+        if not place.is_file():
+            found = select(self.prepared, model, weights_hash=weights, emit=self.emit)
+            self.ranks.first(lambda: found.write(place))
+        chosen = Selected.read(place)
+        self.prepared = trained_on(self.prepared, chosen)
+        self.manifest["selection"] = chosen.summary() | trained_part(self.prepared)
+        self.write(self.folder.manifest, self.manifest)
 
     def _go_back(self, name: str) -> None:
         identity = training_identity(self.prepared, self.manifest["model_sha256"])

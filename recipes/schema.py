@@ -21,7 +21,9 @@ from pydantic_core import PydanticCustomError
 
 from unlearn.data.answers import BELONGS
 from unlearn.errors import UserError
+from unlearn.recipes.choice import ChoiceSection
 from unlearn.recipes.passthrough import KNOWN_OPTIMIZERS, check_optimizer, passthrough_mistakes
+from unlearn.recipes.section import Section as _Section
 from unlearn.recipes.sections import (
     AssistantSection,
     EditSection,
@@ -30,7 +32,6 @@ from unlearn.recipes.sections import (
     check_assistant,
     check_edit,
 )
-from unlearn.recipes.sections import Section as _Section
 
 Stream = Literal["forget", "retain", "refusal", "retain_refusal", "alternate"]
 """Rows that a term can be on; the last three are other answers to the questions of these rows."""
@@ -108,6 +109,8 @@ class DataSection(_Section):
     """Variables handed to the chat template, for instance {date_string: 10 Apr 2025}."""
     max_length: int = Field(default=512, ge=2)
     """Longest sequence, in tokens; longer text rows are cut into windows."""
+    select: ChoiceSection | None = None
+    """Part of the forget set that is trained on; null trains on all of it."""
 
 
 class Term(_Section):
@@ -329,6 +332,8 @@ class EvalsSection(_Section):
     """Keep the best of the measured steps instead of the last; needs `every`."""
     max_rows: int = Field(default=400, ge=1)
     """Rows measured per split: the first ones."""
+    retain_kl: bool = False
+    """Also measure KL(start || model) on the retain set; needs the starting model in memory."""
     generate: bool = True
     """Let the model write answers; ROUGE needs it, and it takes most of the time."""
     max_new_tokens: int = Field(default=200, ge=1)
@@ -428,9 +433,15 @@ class Recipe(_Section):
             ("data.forget", self.data.forget, "--forget, the rows to forget"),
             ("out", self.out, "--out, a new folder for the run"),
         ]
-        if retains:
-            why = f"--retain, the rows to keep: term '{retains[0]}' is on retain"
-            needs.insert(2, ("data.retain", self.data.retain, why))
+        select = self.data.select
+        by_log_odds = select is not None and select.by == "keyword" and not select.keywords
+        users = {
+            f"term '{retains[0]}' is on retain" if retains else "": bool(retains),
+            "data.select.by is keyword": by_log_odds,
+            "evals.retain_kl is measured on them": self.evals.retain_kl,
+        }
+        if why := next((why for why, needed in users.items() if needed), None):
+            needs.insert(2, ("data.retain", self.data.retain, f"--retain, the rows to keep: {why}"))
         return [f"{key} is missing ({why})" for key, value, why in needs if value is None]
 
     def require_runnable(self) -> None:

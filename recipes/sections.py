@@ -5,20 +5,9 @@ This module must stay importable without torch.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import ConfigDict, Field, ValidationInfo, field_validator
 
-
-class Section(BaseModel):
-    """A group of keys: frozen, strict, nothing unknown."""
-
-    model_config = ConfigDict(
-        frozen=True,
-        extra="forbid",
-        strict=True,
-        allow_inf_nan=False,
-        protected_namespaces=(),
-        use_attribute_docstrings=True,
-    )
+from unlearn.recipes.section import Section
 
 
 class LoraSection(Section):

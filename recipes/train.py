@@ -250,6 +250,9 @@ def training_arguments(prepared: Prepared, folder: Path) -> TrainingArguments:
     passed |= engine_arguments(prepared.engine, bf16=bf16 or bool(section.extras.get("bf16")))
     if section.gradient_checkpointing:
         passed |= _checkpointing()
+    chosen = prepared.recipe.data.select is not None
+    if chosen:  # as many steps as over the whole forget set, saved as often
+        passed["max_steps"] = prepared.steps
     warmup = section.warmup_steps
     if warmup is None:
         warmup = round(section.warmup_epochs * prepared.steps_per_epoch)
@@ -257,8 +260,8 @@ def training_arguments(prepared: Prepared, folder: Path) -> TrainingArguments:
         output_dir=str(folder),
         warmup_steps=warmup,
         gradient_accumulation_steps=prepared.recipe.accumulation,
-        save_strategy="steps" if section.save_steps else "epoch",
-        save_steps=section.save_steps or 500,
+        save_strategy="steps" if section.save_steps or chosen else "epoch",
+        save_steps=section.save_steps or prepared.steps_per_epoch,
         seed=prepared.recipe.seed,
         data_seed=prepared.recipe.seed,
         remove_unused_columns=False,

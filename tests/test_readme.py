@@ -79,7 +79,7 @@ def options(command: Any) -> Iterator[str]:
 
 def test_there_is_something_to_check() -> None:
     assert len(COMMANDS) > 10
-    assert len(blocks("python")) == 3
+    assert len(blocks("python", README)) == 3
 
 
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
@@ -209,6 +209,16 @@ def test_python_for_losses_and_metrics_runs(capsys: pytest.CaptureFixture[str]) 
     assert capsys.readouterr().out.count("tensor(") == 3
 
 
+def test_python_for_a_part_of_the_forget_set_runs() -> None:
+    names: dict[str, Any] = {}
+    exec(blocks("python", (ROOT / "docs" / "selection.md").read_text(encoding="utf-8"))[0], names)
+    assert len(names["rows"]) == 20
+
+
+OPTIONAL = {"adapter/", "selection.json"}
+"""What only some runs have."""
+
+
 def test_python_for_a_run_runs_and_the_run_folder_is_as_listed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -226,7 +236,7 @@ def test_python_for_a_run_runs_and_the_run_folder_is_as_listed(
     assert top == "runs/r1/"
     places = {line.split()[0] for line in listed}
     written = {path.name + "/" * path.is_dir() for path in Path("runs/from-python").iterdir()}
-    assert places == {name for name in written if not name.startswith(".")} | {"adapter/"}
+    assert places == {name for name in written if not name.startswith(".")} | OPTIONAL
 
 
 def test_the_loss_of_ones_own_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

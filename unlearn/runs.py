@@ -153,6 +153,11 @@ class RunFolder:
         return self.path / "model"
 
     @property
+    def selection(self) -> Path:
+        """The rows trained on and every row's score, when a part of the forget set was chosen."""
+        return self.path / "selection.json"
+
+    @property
     def best(self) -> Path:
         """The trained weights of the best of the measured steps, when one is to be selected."""
         return self.path / "best"

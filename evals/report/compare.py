@@ -76,7 +76,7 @@ def compare(
     tables = [{row.name: row for row in table(one.results)} for one in found]
     axes = _axes(found, tables, x, y)
     warnings = require_comparable(found, tables, [axis.metric for axis in axes])
-    groups = _groups(found, tables)
+    groups = grouped(found, tables)
     rows = _ranked(groups, axes)
     metrics = _columns(tables, axes)
     return {
@@ -90,7 +90,7 @@ def compare(
             _described(place, group, front, metrics)
             for place, (group, front) in enumerate(rows, start=1)
         ],
-        "references": list(_references(groups, metrics)),
+        "references": list(references(groups, metrics)),
         "warnings": [*warnings, *_repeated(groups)],
     }
 
@@ -191,7 +191,7 @@ def _heading(name: str, tables: Sequence[Mapping[str, Row]]) -> dict[str, str]:
     return {"name": name, "title": row.title, "set": row.split, "direction": row.direction}
 
 
-def _groups(found: Sequence[Found], tables: Sequence[dict[str, Row]]) -> list[Group]:
+def grouped(found: Sequence[Found], tables: Sequence[dict[str, Row]]) -> list[Group]:
     """Put runs together whose recipes differ in the seed only."""
     together: dict[str, list[int]] = {}
     for place, one in enumerate(found):
@@ -266,7 +266,7 @@ def _plain(estimate: Estimate | None) -> dict[str, Any] | None:
     return None if estimate is None else asdict(estimate)
 
 
-def _references(groups: Sequence[Group], metrics: Sequence[str]) -> Iterator[dict[str, Any]]:
+def references(groups: Sequence[Group], metrics: Sequence[str]) -> Iterator[dict[str, Any]]:
     """Give starting and retain models, each distinct one once."""
     for who, name in REFERENCES.items():
         seen: list[dict[str, Any]] = []

@@ -18,7 +18,7 @@ GROUPS = {
     ),
     "Data": (
         *("data", "data_sha256", "forget", "retain", "refusal", "retain_refusal", "alternate"),
-        *("holdout", "pairs", "text", "tasks"),
+        *("holdout", "selection", "pairs", "text", "tasks"),
     ),
     "Versions": ("versions",),
     "Time and memory": (
@@ -122,6 +122,24 @@ def selected(results: Mapping[str, Any]) -> str:
     if chosen.get("satisfied") is False:
         text += "; no step met the constraints, this one misses them least"
     return f"{text}."
+
+
+def chosen_part(provenance: Mapping[str, Any]) -> Iterator[str]:
+    """Say which part of the forget set was trained on, when it was not all of it."""
+    found = provenance.get("selection")
+    if not isinstance(found, Mapping) or "rows" not in found:
+        return
+    by = found.get("by", "")
+    rows, of = found["rows"], found.get("of", "?")
+    text = f"Trained on {rows} of the {of} forget rows (selected: {by})"
+    if found.get("labels") is not None:
+        text += f", and in them on {found['labels']} tokens alone"
+    if found.get("scaled_from") is not None:
+        text += (
+            f"; passed over {found['passes']:g} times instead of {found['scaled_from']:g}, so that "
+            f"there are as many optimiser steps ({found['steps']}) as over all rows"
+        )
+    yield f"{text}. The whole forget set was measured."
 
 
 def partial(rows: Sequence[Row], provenance: Mapping[str, Any]) -> Iterator[str]:

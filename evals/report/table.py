@@ -58,6 +58,7 @@ MEASURES = {
         "Extraction strength, question reworded",
         "share of the answer",
     ),
+    "kl": ("Distance from the starting model", "KL(start || model), nats per labelled token"),
     "jailbreak_ROUGE": ("Overlap, answer begun for the model", "ROUGE-L recall"),
     "extraction_strength": ("Extraction strength", "share of the answer recited to its end"),
     "exact_memorization": ("Exact memorisation", "share of tokens predicted right"),

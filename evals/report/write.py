@@ -12,7 +12,14 @@ from typing import Any
 from unlearn.evals.report.curve import draw_curve
 from unlearn.evals.report.ecdf import Distance, distances, draw_ecdf, usable_ratios
 from unlearn.evals.report.evidence import evidence, leakage_note, leakage_rows, ratio_note, reading
-from unlearn.evals.report.facts import partial, provenance, repeat, selected, training_line
+from unlearn.evals.report.facts import (
+    chosen_part,
+    partial,
+    provenance,
+    repeat,
+    selected,
+    training_line,
+)
 from unlearn.evals.report.limits import limits
 from unlearn.evals.report.overlap import shared_pieces
 from unlearn.evals.report.page import render
@@ -103,7 +110,7 @@ def describe(results: Mapping[str, Any]) -> dict[str, Any]:
             {"title": title, "rows": [_row(row) for row in chosen]}
             for title, chosen in blocks(rows).items()
         ],
-        "notes": list(partial(rows, recorded)),
+        "notes": [*partial(rows, recorded), *chosen_part(recorded)],
         "truth_ratios": _ratios(results, ratios, apart, titles),
         "leakage": leaked,
         "leakage_note": leakage_note(leaked),

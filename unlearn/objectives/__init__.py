@@ -205,12 +205,12 @@ def check_hyper(name: str, hyper: Mapping[str, Any]) -> list[str]:
     return hyper_mistakes(find(name).function, hyper)
 
 
-def pair_mistake(name: str, rejected: Any) -> str:
+def pair_mistake(objective: Objective, rejected: Any) -> str:
     """Say what is wrong with giving, or not giving, the rejected answers of pairs to an objective.
 
     Empty when nothing is.
     """
-    objective = find(name)
+    name = objective.name
     if objective.compares and rejected is None:
         return f"{name} compares two answers and needs 'rejected', the one to become less likely"
     if not objective.compares and rejected is not None:
@@ -262,7 +262,7 @@ def _missing(
 ) -> list[str]:
     """Say what an objective lacks before it can be computed."""
     name, mistakes = objective.name, []
-    if wrong := pair_mistake(name, rejected):
+    if wrong := pair_mistake(objective, rejected):
         mistakes.append(wrong)
     if objective.uses_reference and reference is None:
         mistakes.append(f"{name} needs a reference model")
