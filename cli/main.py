@@ -7,6 +7,7 @@ import typer
 
 from unlearn.cli import data, doctor, evals, jobs, recipes, report, select, sweep
 from unlearn.cli.entry import Json, Offline, go_offline, guarded, naming, say
+from unlearn.cli.options import HOW, Forget, Lora, Map, Method, Model, Out, Preset, Retain, Set
 from unlearn.cli.progress import Emit, listening
 from unlearn.cli.ranks import (
     Engine,
@@ -23,7 +24,6 @@ from unlearn.cli.select import By, Fraction, Indices, choice_changes
 from unlearn.launch import rank
 
 RUNS, BEFORE, AFTER = "Runs", "Before a run", "Evidence"
-GIVEN, HOW = "What is run", "How it is run"
 
 app = typer.Typer(
     help="Remove data from language models and show evidence a reader can check.",
@@ -37,67 +37,6 @@ data.app.command(epilog=select.EPILOG)(select.select)
 app.add_typer(data.app, name="data", rich_help_panel=BEFORE)
 app.add_typer(recipes.app, name="recipes", rich_help_panel=BEFORE)
 app.add_typer(evals.app, name="eval", rich_help_panel=AFTER)
-
-Method = Annotated[
-    str,
-    typer.Argument(
-        metavar="METHOD",
-        help="A method ([bold]npo[/bold], …), a preset ([bold]tofu-tiny/npo[/bold]) or a file.",
-    ),
-]
-Model = Annotated[
-    str | None,
-    typer.Option(
-        metavar="MODEL", help="Folder or hub name of the model to change.", rich_help_panel=GIVEN
-    ),
-]
-Forget = Annotated[
-    str | None,
-    typer.Option(
-        metavar="SOURCE",
-        help="Rows to forget: FILE, or FOLDER or hub name with #CONFIG and :SPLIT.",
-        rich_help_panel=GIVEN,
-    ),
-]
-Retain = Annotated[
-    str | None,
-    typer.Option(metavar="SOURCE", help="Rows to keep, in the same form.", rich_help_panel=GIVEN),
-]
-Out = Annotated[
-    Path | None,
-    typer.Option(metavar="FOLDER", help="New folder for the run.", rich_help_panel=GIVEN),
-]
-Preset = Annotated[
-    str | None,
-    typer.Option(
-        "--recipe",
-        metavar="RECIPE",
-        help="Preset or recipe file with the settings for METHOD.",
-        rich_help_panel=HOW,
-    ),
-]
-Lora = Annotated[
-    bool,
-    typer.Option("--lora", metavar="", help="Train low-rank adapters only.", rich_help_panel=HOW),
-]
-Map = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--map",
-        metavar="NAME=COLUMN",
-        help="Read NAME from COLUMN of the files: question=q. May be given again.",
-        rich_help_panel=GIVEN,
-    ),
-]
-Set = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set",
-        metavar="KEY=VALUE",
-        help="Change one recipe key; may be given again. `recipes show npo --resolved` lists them.",
-        rich_help_panel=HOW,
-    ),
-]
 
 
 @app.callback(invoke_without_command=True)

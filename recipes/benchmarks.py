@@ -18,7 +18,8 @@ from unlearn.evals.tofu.compare import (
     open_unlearning_aggregate,
 )
 from unlearn.evals.tofu.logs import read_retain_logs, retain_side
-from unlearn.recipes.schema import HarnessSection, Recipe
+from unlearn.recipes.measuring import HarnessSection
+from unlearn.recipes.schema import Recipe
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,9 @@ from unlearn.data.rows import Row
 from unlearn.data.sources import Source, load_rows, load_variants
 from unlearn.errors import UserError
 from unlearn.recipes.files import find, overlay, read
+from unlearn.recipes.measuring import EvalsSection
 from unlearn.recipes.overrides import overridden
-from unlearn.recipes.schema import DataSection, EvalsSection, Recipe, Term
+from unlearn.recipes.schema import DataSection, Recipe, Term
 from unlearn.runs import RunFolder
 
 LARGEST_EARLY = 2**26

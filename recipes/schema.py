@@ -22,6 +22,7 @@ from pydantic_core import PydanticCustomError
 from unlearn.data.answers import BELONGS
 from unlearn.errors import UserError
 from unlearn.recipes.choice import ChoiceSection
+from unlearn.recipes.measuring import EvalsSection
 from unlearn.recipes.passthrough import KNOWN_OPTIMIZERS, check_optimizer, passthrough_mistakes
 from unlearn.recipes.section import Section as _Section
 from unlearn.recipes.sections import (
@@ -239,45 +240,6 @@ class TrainingSection(_Section):
         return dict(self.__pydantic_extra__ or {})
 
 
-class TofuSection(_Section):
-    """The TOFU benchmark instead of the plain forget and retain measures."""
-
-    data: str = Field(default="locuslab/TOFU", min_length=1)
-    """Folder or hub name of the TOFU dataset."""
-    split: Literal["forget01", "forget05", "forget10"] = "forget10"
-    """Which authors were to be forgotten."""
-    truth_ratio: Literal["geometric", "arithmetic", "prob_mean"] = "geometric"
-    """How the wrong answers are averaged in the truth ratio."""
-    compat: Literal["none", "ou"] = "none"
-    """`ou` reproduces open-unlearning's numbers, its quirks included."""
-    holdout: str | None = Field(default=None, min_length=1)
-    """Rows never trained on, for membership inference; null: the dataset's own, if it has any."""
-    retain_logs: str | None = Field(default=None, min_length=1)
-    """Stored evaluation of a retain model (TOFU_EVAL.json), in place of `model.retain_model`."""
-    probes: bool = False
-    """Ask in other ways too: paraphrased questions and an answer that is begun for the model."""
-
-
-class HarnessSection(_Section):
-    """Tasks of lm-evaluation-harness, measured before and after."""
-
-    tasks: Annotated[tuple[str, ...], Field(strict=False, min_length=1)]
-    """Names of tasks or groups, for instance [wmdp_bio, mmlu]."""
-    data: str | None = Field(default=None, min_length=1)
-    """Folder with the WMDP and MMLU questions, to work without a network."""
-    limit: int | None = Field(default=None, ge=1)
-    """First questions of every task; null asks all."""
-
-
-class SelectSection(_Section):
-    """Which of the measured steps becomes the model."""
-
-    metric: str = Field(min_length=1)
-    """The metric that must be best, in the direction wanted of it."""
-    constraints: dict[str, float] = Field(default_factory=dict)
-    """Metric -> bound: at most it where less is wanted, at least it where more is wanted."""
-
-
 def _meeting_place(value: str | None) -> str | None:
     if value is not None and not re.fullmatch(r"[^\s:]+:\d+", value):
         raise ValueError(f"{value!r} given; must be HOST:PORT, for instance node-1:29500")
@@ -317,41 +279,6 @@ class LaunchSection(_Section):
             )
             raise PydanticCustomError("engine", "{why}", {"why": message})
         return self
-
-
-class EvalsSection(_Section):
-    """What is measured, how much of it, and when."""
-
-    every: int | None = Field(default=None, ge=1)
-    """Optimiser steps between measurements; null measures only before and after."""
-    tofu: TofuSection | None = None
-    """Measure the TOFU benchmark; `{}` takes the defaults."""
-    lm_eval: HarnessSection | None = None
-    """Also measure tasks of lm-evaluation-harness."""
-    select_best: SelectSection | None = None
-    """Keep the best of the measured steps instead of the last; needs `every`."""
-    max_rows: int = Field(default=400, ge=1)
-    """Rows measured per split: the first ones."""
-    retain_kl: bool = False
-    """Also measure KL(start || model) on the retain set; needs the starting model in memory."""
-    generate: bool = True
-    """Let the model write answers; ROUGE needs it, and it takes most of the time."""
-    max_new_tokens: int = Field(default=200, ge=1)
-    """Longest written answer, in tokens."""
-    batch_tokens: int = Field(default=8192, ge=1)
-    """Padded tokens per forward pass while measuring; lower it when memory runs out."""
-
-    @field_validator("select_best")
-    @classmethod
-    def _selection_needs_measurements(
-        cls, value: SelectSection | None, info: ValidationInfo
-    ) -> SelectSection | None:
-        if value and info.data.get("every", "invalid") is None:
-            raise ValueError(
-                "given without every; the best is chosen among measured steps: "
-                "add `every: STEPS`, or leave select_best out"
-            )
-        return value
 
 
 def _forgets(terms: tuple[Term, ...]) -> tuple[Term, ...]:

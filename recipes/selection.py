@@ -17,7 +17,7 @@ from torch import Tensor
 from unlearn.engines import put_trained, trained_weights
 from unlearn.errors import RunFailed, unknown
 from unlearn.ranks import Ranks
-from unlearn.recipes.schema import SelectSection
+from unlearn.recipes.measuring import SelectSection
 from unlearn.runs import staged, write_json
 
 WEIGHTS, RECORD = "weights.safetensors", "selected.json"

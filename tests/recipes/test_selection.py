@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from unlearn.errors import RunFailed, UserError
-from unlearn.recipes.schema import EvalsSection, SelectSection
+from unlearn.recipes.measuring import EvalsSection, SelectSection
 from unlearn.recipes.selection import Selection, check_rule, rank
 
 RULE = SelectSection(metric="utility", constraints={"leak": 0.2})
