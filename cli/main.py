@@ -130,6 +130,9 @@ def resume(
         truth = launch_changes(None, None, None, rdzv)
         recipe = load(str(opened.recipe), [], {"out": str(folder)} | truth)
         launching = needs_launch(recipe)
+        if launching and recipe.launch.nnodes == 1:
+            with opened.locked():  # a second writer is refused before processes are started
+                pass
         results = {} if launching else _resume(recipe, opened, emit, checkpoint, offline)
     if launching:
         chosen = ["--from", checkpoint] if checkpoint else []

@@ -84,7 +84,7 @@ class Suggestion:
 def _written(key: str, value: Any) -> str:
     if key == "model.lora":
         return "--lora"
-    return f"{key}={str(value).lower() if isinstance(value, bool) else value}"
+    return f"--set {key}={str(value).lower() if isinstance(value, bool) else value}"
 
 
 class Trials:

@@ -182,6 +182,20 @@ def test_second_writer_is_refused_and_harms_nothing(world, run_npo, unlearn, sto
     assert set(Path("out").rglob("*")) == kept
 
 
+def test_a_second_writer_starts_no_processes(world, run_npo, unlearn, stop_at, monkeypatch):
+    from unlearn.runs import RunFolder
+
+    stop_at(signal.SIGINT, event="step", step=1)
+    run_npo(*STEPS)
+    recipe = Path("out/recipe.yaml")
+    recipe.write_text(recipe.read_text().replace("nproc: 1", "nproc: 2"))
+    monkeypatch.setattr("unlearn.cli.main.start", lambda *_, **__: pytest.fail("started"))
+    with RunFolder(Path("out")).locked():
+        outcome = unlearn("resume", "out")
+    assert outcome.code == 2
+    assert "is being written by process" in outcome.err
+
+
 def test_two_runs_into_one_new_folder(world, run_npo, monkeypatch):
     """Both found it empty; the second must not take away what the first has written."""
     from unlearn.recipes import run
