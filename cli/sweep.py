@@ -6,13 +6,13 @@ from typing import Annotated, Any
 import typer
 
 from unlearn.cli.entry import FAILED, WORDS, Halt, Json, Offline, go_offline, say
+from unlearn.cli.options import GIVEN, HOW, Forget, Lora, Map, Model, Retain, Set
 
 EPILOG = (
     "Example: [bold]unlearn sweep tofu-tiny/npo tofu-tiny/grad_diff --seeds 0,1,2 "
     "--grid training.learning_rate=5e-4,1e-3 --model models/target --forget people#forget "
     "--retain people#retain --out runs/sweep[/bold]"
 )
-WHAT, HOW = "What is run", "How it is run"
 NAME, NAMES, GAP = 14, 40, 2
 """Least and largest width of a name, and the space between columns, in characters."""
 NO_BREAK = "\N{NO-BREAK SPACE}"
@@ -30,7 +30,7 @@ Grid = Annotated[
         "--grid",
         metavar="KEY=A,B,…",
         help="Values of a recipe key; may be given again: all combinations are run.",
-        rich_help_panel=WHAT,
+        rich_help_panel=GIVEN,
     ),
 ]
 Seeds = Annotated[
@@ -38,7 +38,7 @@ Seeds = Annotated[
     typer.Option(
         metavar="0,1,2",
         help="Seeds of every combination; default: the recipe's own.",
-        rich_help_panel=WHAT,
+        rich_help_panel=GIVEN,
     ),
 ]
 Random = Annotated[
@@ -47,28 +47,16 @@ Random = Annotated[
         min=1,
         metavar="N",
         help="Run N combinations of the grid only, always the same ones.",
-        rich_help_panel=WHAT,
+        rich_help_panel=GIVEN,
     ),
 ]
-Given = typer.Option(metavar="SOURCE", help="As in `unlearn run`.", rich_help_panel=WHAT)
 Out = Annotated[
     Path | None,
     typer.Option(
         metavar="FOLDER",
         help="Folder of the sweep. The same command again goes on in it.",
-        rich_help_panel=WHAT,
+        rich_help_panel=GIVEN,
     ),
-]
-Map = Annotated[
-    list[str] | None,
-    typer.Option("--map", metavar="NAME=COLUMN", help="As in `run`.", rich_help_panel=WHAT),
-]
-Set = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="One key of all runs.", rich_help_panel=HOW),
-]
-Lora = Annotated[
-    bool, typer.Option("--lora", metavar="", help="Train adapters.", rich_help_panel=HOW)
 ]
 Jobs = Annotated[
     int,
@@ -106,9 +94,9 @@ def sweep(
     grid: Grid = None,
     seeds: Seeds = None,
     random: Random = None,
-    model: Annotated[str | None, Given] = None,
-    forget: Annotated[str | None, Given] = None,
-    retain: Annotated[str | None, Given] = None,
+    model: Model = None,
+    forget: Forget = None,
+    retain: Retain = None,
     out: Out = None,
     map_: Map = None,
     set_: Set = None,

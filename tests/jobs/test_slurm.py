@@ -103,12 +103,12 @@ def directives(text: str) -> dict[str, str]:
 
 def test_what_is_asked_for() -> None:
     job = Job(("npo",), "runs/A_b", 2, 8, time="1-0", partition="gpu", account="lab")
-    asked = directives(batch_script(job, folder=Path("/work/it's")))
+    asked = directives(batch_script(job, folder=Path("/srv/it's")))
     assert asked == {
         "job-name": "unlearn-a-b", "nodes": "2", "ntasks-per-node": "1", "cpus-per-task": "32",
         "gpus-per-node": "8", "time": "1-0", "partition": "gpu", "account": "lab",
         "signal": "B:TERM@120", "requeue": "", "open-mode": "append", "output": "%x-%j.log",
-        "chdir": "'/work/it'\"'\"'s'",
+        "chdir": "'/srv/it'\"'\"'s'",
     }  # fmt: skip
     assert "gpus-per-node" not in directives(
         batch_script(Job(("npo",), "a", gpus_per_node=0), folder=Path("/"))

@@ -43,10 +43,9 @@ def kl_all_positions(policy: Scores, reference: Scores) -> Float[Tensor, "batch 
     return _kl(policy, reference)
 
 
-def _from_uniform(policy: Scores) -> Float[Tensor, "batch seq"]:
-    assert policy.logits is not None
-    log_probs = policy.logits.log_softmax(-1)
-    return -math.log(log_probs.shape[-1]) - log_probs.mean(-1)
+def from_uniform(logits: Float[Tensor, "*positions vocab"]) -> Float[Tensor, "*positions"]:
+    """Give KL(uniform || softmax(logits)) of each position, in nats."""
+    return logits.logsumexp(-1) - logits.mean(-1) - math.log(logits.shape[-1])
 
 
 def uniform(policy: Scores) -> Float[Tensor, "batch seq"]:
@@ -58,7 +57,8 @@ def uniform(policy: Scores) -> Float[Tensor, "batch seq"]:
     Source: the assistant's loss on the retain set in ULD (Ji et al. 2024, arXiv:2406.08607, eq. 4).
     Deviation from its code: log-softmax in fp32, not the logarithm of a bfloat16 softmax.
     """
-    return _from_uniform(policy) * policy.attended
+    assert policy.logits is not None
+    return from_uniform(policy.logits) * policy.attended
 
 
 def uniform_all_positions(policy: Scores) -> Float[Tensor, "batch seq"]:
@@ -66,4 +66,5 @@ def uniform_all_positions(policy: Scores) -> Float[Tensor, "batch seq"]:
 
     Here for parity: our padding is unmasked, so values at padded positions are our own.
     """
-    return _from_uniform(policy)
+    assert policy.logits is not None
+    return from_uniform(policy.logits)

@@ -4,13 +4,12 @@ Only these positions reach the vocabulary head: ``[label, vocab]`` is allocated,
 ``[batch, seq, vocab]``.
 """
 
-import math
-
 import torch
 from jaxtyping import Float
 from pydantic import NonNegativeFloat, NonNegativeInt
 from torch import Tensor
 
+from unlearn.objectives.distribution import from_uniform
 from unlearn.scores import IGNORE, Scores
 
 PerToken = Float[Tensor, "batch seq"]
@@ -80,8 +79,7 @@ def max_entropy(policy: Scores) -> PerToken:
     Equals ``logsumexp(z) - mean(z) - ln V``; 0 when all tokens are equally likely.
     Source: ME of Yuan et al. 2024, "A Closer Look at Machine Unlearning", arXiv:2410.08109.
     """
-    logits = policy.distributions
-    return policy.laid_out(logits.logsumexp(-1) - logits.mean(-1) - math.log(logits.shape[-1]))
+    return policy.laid_out(from_uniform(policy.distributions))
 
 
 def pdu(policy: Scores) -> PerToken:
