@@ -2,6 +2,7 @@
 
 import math
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -61,12 +62,18 @@ def test_min_k_is_the_mean_of_the_least_likely_share(k: float, expected: list[fl
 @pytest.mark.parametrize("name", DETECTORS)
 def test_more_likely_text_scores_higher_and_padding_does_not_count(name: str) -> None:
     """Every detector rises with every token's probability, and keeps its value in a wider batch."""
-    one = scores()
+    one = replace(
+        scores(),
+        mean=torch.full((2, 5), -2.5),
+        variance=torch.full((2, 5), 1.5),
+        top=torch.full((2, 5), -0.25),
+    )
     before = DETECTORS[name](one, TEXTS)
-    raised = Scores((one.log_probs * 0.5), one.mask, one.attended)
-    assert (DETECTORS[name](raised, TEXTS) > before).all()
-    wide = Scores(*(torch.nn.functional.pad(part, (0, 3)) for part in
-                    (one.log_probs, one.mask, one.attended)))  # fmt: skip
+    assert (DETECTORS[name](replace(one, log_probs=one.log_probs * 0.5), TEXTS) > before).all()
+    fields = ("log_probs", "mask", "attended", "mean", "variance", "top")
+    wide = Scores(
+        **{field: torch.nn.functional.pad(getattr(one, field), (0, 3)) for field in fields}
+    )
     assert torch.equal(DETECTORS[name](wide, TEXTS), before)
 
 
@@ -90,29 +97,30 @@ def test_texts_are_scored_in_order_as_one_by_one(
 ) -> None:
     """Against transformers' own mean loss of each line alone."""
     found = score_texts(str(folder), LINES, k=0.3, offline=True)
-    assert [row["text"] for row in found] == LINES
-    assert [row["line"] for row in found] == [1, 2, 3, 4]
+    assert [row["id"] for row in found] == [0, 1, 2, 3]
     for row, text in zip(found, LINES, strict=True):
         ids = torch.tensor([tiny_tokenizer(text)["input_ids"]])
         with torch.no_grad():
             output = tiny_model(input_ids=ids, labels=ids)
-        assert row["tokens"] == ids.shape[1] - 1
-        assert row["loss"] == pytest.approx(-float(output.loss), abs=1e-5)
-        assert row["zlib"] == pytest.approx(row["loss"] / len(zlib.compress(text.encode())))
+        assert row["n_tokens"] == ids.shape[1] - 1
+        got = row["scores"]
+        assert got["loss"] == pytest.approx(-float(output.loss), abs=1e-5)
+        assert got["zlib"] == pytest.approx(got["loss"] / len(zlib.compress(text.encode())))
         each = output.logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
         lowest = each.sort().values[: max(1, math.floor(0.3 * len(each)))]
-        assert row["min_k"] == pytest.approx(float(lowest.mean()), abs=1e-5)
+        assert got["mink"] == pytest.approx(float(lowest.mean()), abs=1e-5)
 
 
-def test_a_text_longer_than_the_context_is_scored_on_its_first_window(
+def test_a_text_longer_than_the_context_is_scored_on_its_start_and_says_so(
     tmp_path: Path, build_tiny_model: Any, tiny_tokenizer: Any
 ) -> None:
     build_tiny_model(max_position_embeddings=8).save_pretrained(tmp_path)
     tiny_tokenizer.save_pretrained(tmp_path)
     short = tiny_tokenizer.decode(tiny_tokenizer(LINES[0])["input_ids"][:8])
     long, whole = score_texts(str(tmp_path), [LINES[0], short])
-    assert long["tokens"] == whole["tokens"] == 7
-    assert long["loss"] == pytest.approx(whole["loss"], abs=1e-6)
+    assert long["n_tokens"] == whole["n_tokens"] == 7
+    assert long["scores"] == pytest.approx(whole["scores"], abs=1e-6)  # zlib too: of the start
+    assert (long["notes"], whole["notes"]) == (["truncated"], [])
 
 
 @pytest.mark.parametrize("k", [0.0, -0.1, 1.5, 20.0, float("nan")])
@@ -133,5 +141,6 @@ def test_a_memorised_text_stands_out(shared: Path) -> None:
     knows = score_texts(str(models / "tofu-tiny-target"), texts)
     not_knows = score_texts(str(models / "tofu-tiny-retain90"), texts)
     for name in DETECTORS:
-        better = sum(a[name] > b[name] for a, b in zip(knows, not_knows, strict=True))
+        pairs = zip(knows, not_knows, strict=True)
+        better = sum(a["scores"][name] > b["scores"][name] for a, b in pairs)
         assert better >= 18
