@@ -50,7 +50,8 @@ def scored(
 
     Row i, column j of a group's scores is the j-th labelled token of its i-th place, on the CPU:
     columns hold answers alone, left-aligned, ``attended`` is ``mask`` and ``next_tokens`` the
-    labels. ``want``: ``correct``, ``statistics``. At most ``batch_tokens`` tokens go through the model at once, or one row.
+    labels. ``want``: ``correct``, ``statistics``. At most ``batch_tokens`` tokens go through the
+    model at once, or one row.
 
     A model with plain causal attention (:func:`~unlearn.packing.can_pack`) computes what rows of a
     group begin with once (:mod:`unlearn.prefixes`); rows with the same prompt come in one group.

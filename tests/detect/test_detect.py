@@ -1,5 +1,6 @@
 """Detectors: numbers derived by hand, and one pass over a model against row by row."""
 
+import json
 import math
 import zlib
 from dataclasses import replace
@@ -8,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from sklearn.metrics import roc_auc_score
 
 from unlearn.detect import DETECTORS, loss, min_k, zlib_ratio
 from unlearn.detect.run import score_texts
@@ -129,18 +131,24 @@ def test_a_share_that_is_none_is_refused(k: float, folder: Path) -> None:
         score_texts(str(folder), LINES, k=k)
 
 
-def test_a_memorised_text_stands_out(shared: Path) -> None:
-    """The model that memorised TOFU's forget set finds those answers more familiar than the one
-    that never saw them."""
-    import json
+def test_members_are_told_from_texts_the_model_never_saw(shared: Path) -> None:
+    """Answers of TOFU's forget set against answers about authors that neither model met.
 
-    rows = shared / "data" / "tofu" / "forget10.json"
-    lines = [json.loads(line) for line in rows.read_text().splitlines()][:20]
-    texts = [f"{row['question']} {row['answer']}" for row in lines]
-    models = shared / "models"
-    knows = score_texts(str(models / "tofu-tiny-target"), texts)
-    not_knows = score_texts(str(models / "tofu-tiny-retain90"), texts)
-    for name in DETECTORS:
-        pairs = zip(knows, not_knows, strict=True)
-        better = sum(a["scores"][name] > b["scores"][name] for a, b in pairs)
-        assert better >= 18
+    The target has memorised the former; the retain model has seen neither, so that its AUC is 0.5
+    up to the spread of 80 + 80 texts: 1.96 times sqrt(161 / (12 * 80 * 80)) is 0.09.
+    """
+    texts = [answers(shared, "forget10")[:80], answers(shared, "retain90")[-80:]]
+    found = {}
+    for name in ("target", "retain90"):
+        rows = score_texts(str(shared / "models" / f"tofu-tiny-{name}"), sum(texts, []))
+        for score in ("loss", "mink", "minkpp"):
+            values = [row["scores"][score] for row in rows]
+            found[name, score] = roc_auc_score([1] * 80 + [0] * 80, values)
+    for score in ("loss", "mink", "minkpp"):
+        assert found["target", score] >= 0.95
+        assert abs(found["retain90", score] - 0.5) <= 0.09
+
+
+def answers(shared: Path, name: str) -> list[str]:
+    lines = (shared / "data" / "tofu" / f"{name}.json").read_text().splitlines()
+    return [json.loads(line)["answer"] for line in lines]

@@ -74,14 +74,11 @@ class Settings:
     @property
     def columns(self) -> tuple[str, ...]:
         """Give the names of all numbers per text, in order."""
-        return tuple(
-            column
-            for score in SCORES
-            if score in self.scores
-            for column in (
-                [self.named(score, k) for k in self.k] if score in WITH_SHARE else [score]
-            )
-        )
+        found: list[str] = []
+        for score in filter(self.scores.__contains__, SCORES):
+            shares = self.k if score in WITH_SHARE else self.k[:1]
+            found += [self.named(score, k) for k in shares]
+        return tuple(found)
 
     @property
     def prefixes(self) -> frozenset[str]:

@@ -47,9 +47,9 @@ def recall(
 ) -> Float[Tensor, " batch"]:
     """How much less likely the text is after texts the model never saw: ratio of means, no unit.
 
-    Source: Xie et al. 2024, ReCaLL, arXiv:2406.15968. The prefix is drawn from non-members, so where
-    members differ from them in topic or date the score measures that. Deviation: the text's first
-    token, which only the prefix lets be scored, is left out of both means.
+    Source: Xie et al. 2024, ReCaLL, arXiv:2406.15968. The prefix is drawn from non-members, so
+    where members differ from them in topic or date the score measures that. Deviation: the text's
+    first token, which only the prefix lets be scored, is left out of both means.
     """
     return after_nonmembers / loss
 
@@ -96,9 +96,9 @@ def swapped_words(
 ) -> list[str]:
     """Write ``count`` versions of a text in which pairs of words have changed places.
 
-    ``max(1, int(share * words))`` swaps each, words being what single spaces part, as in PAC's code.
-    Deviation: the draws depend on the text and the seed, not on the texts before it. A text of one
-    word comes back as it is.
+    ``max(1, int(share * words))`` swaps each, words being what single spaces part, as in PAC's
+    code. Deviation: the draws depend on the text and the seed, not on the texts before it. A text
+    of one word comes back as it is.
     """
     draws = Random(f"{seed}/{text}")
     words = text.split(" ")

@@ -1,7 +1,7 @@
 """Membership scores that one forward pass gives, all of them pure: higher = more likely a member.
 
 Each takes :class:`~unlearn.scores.Scores` with one row per text and gives one value per row. Rows
-without a token score NaN. With ``n`` tokens, "the lowest share ``k``" are the ``max(1, floor(k n))``
+without a token score NaN. "The lowest share ``k``" of ``n`` tokens are the ``max(1, floor(k n))``
 lowest; sources that take ``int(k n)`` alone give NaN for short texts.
 """
 
@@ -80,8 +80,8 @@ def min_k_plus_plus(
     """Mean of the lowest share ``k`` of standardised log-probabilities, without a unit.
 
     ``z = (log p - mean) / sqrt(variance)``, mean and variance over a token drawn from the model
-    itself. Source: Zhang et al. 2024, Min-K%++, arXiv:2404.02936. Deviation: the variance is at least
-    :data:`SMALLEST_VARIANCE` (their code divides by 0). Needs ``statistics``.
+    itself. Source: Zhang et al. 2024, Min-K%++, arXiv:2404.02936. Deviation: the variance is at
+    least :data:`SMALLEST_VARIANCE` (their code divides by 0). Needs ``statistics``.
     """
     assert scores.mean is not None
     return lowest_mean((scores.log_probs - scores.mean) / _spread(scores), scores.mask, k)
@@ -107,11 +107,11 @@ def gap_k(
 def dc_pdd(
     scores: Scores, frequencies: TokenFrequencies, *, clip: float = CLIP
 ) -> Float[Tensor, " batch"]:
-    """Mean over the distinct tokens of ``min(p (-log f), clip)``: calibrated cross-entropy, in nats.
+    """Mean over the distinct tokens of ``min(p (-log f), clip)``, a calibrated cross-entropy: nats.
 
-    ``p`` is the probability at a token's first occurrence among the scored ones, ``f`` its frequency
-    in a reference corpus. Source: Zhang et al. 2024, DC-PDD, arXiv:2409.14781. Choose ``clip`` on
-    other texts than those to be judged. Needs ``next_tokens``.
+    ``p`` is the probability at a token's first occurrence among the scored ones, ``f`` its
+    frequency in a reference corpus. Source: Zhang et al. 2024, DC-PDD, arXiv:2409.14781. Choose
+    ``clip`` on other texts than those to be judged. Needs ``next_tokens``.
 
     Raises:
         UserError: the table knows fewer tokens than the texts hold.

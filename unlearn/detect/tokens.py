@@ -9,7 +9,7 @@ from unlearn.errors import UserError
 
 Bos = Literal["auto", "always", "never"]
 CHARACTERS_PER_TOKEN = 16
-"""Characters read for each token wanted, at first: few tokenizers write longer tokens on average."""
+"""Characters read for each token wanted, at first: longer tokens are rare."""
 MARGIN = 16
 """Tokens before a cut that may have been other ones, had the text gone on."""
 
@@ -29,8 +29,8 @@ class TextTokenizer:
     """A tokenizer with what it puts in front of a text and how many ids a text may have.
 
     ``bos``: ``auto`` is what the tokenizer does of its own accord, ``always`` adds BOS (or EOS, if
-    there is no BOS) where it does not, ``never`` adds nothing. The first id is never scored, so with
-    nothing in front the first token of the text is not. ``known`` is the number of ids that the
+    there is no BOS) where it does not, ``never`` adds nothing. The first id is never scored: with
+    nothing in front that is the first token of the text. ``known`` is the number of ids that the
     model has embeddings for.
     """
 
