@@ -140,7 +140,7 @@ def test_members_are_told_from_texts_the_model_never_saw(shared: Path) -> None:
     texts = [answers(shared, "forget10")[:80], answers(shared, "retain90")[-80:]]
     found = {}
     for name in ("target", "retain90"):
-        rows = score_texts(str(shared / "models" / f"tofu-tiny-{name}"), sum(texts, []))
+        rows = score_texts(str(shared / "models" / f"tofu-tiny-{name}"), [*texts[0], *texts[1]])
         for score in ("loss", "mink", "minkpp"):
             values = [row["scores"][score] for row in rows]
             found[name, score] = roc_auc_score([1] * 80 + [0] * 80, values)

@@ -30,6 +30,7 @@ from unlearn.detect.several_passes import (
     swapped_words,
 )
 from unlearn.detect.single_pass import TokenFrequencies
+from unlearn.detect.text import ScoredText, Text
 from unlearn.detect.tokens import Encoded, TextTokenizer
 from unlearn.packing import can_pack, packable
 from unlearn.scores import Scorer, Scores
@@ -39,43 +40,6 @@ LOOK_AHEAD = 16
 """Batches' worth of text that is read before any of it is scored, to find similar lengths."""
 CHARACTERS = 4
 """Characters of a token, to guess how much text that is."""
-
-
-@dataclass(frozen=True)
-class Text:
-    """One text to be scored; ``neighbours`` are other wordings of it."""
-
-    id: str | int
-    text: str
-    neighbours: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class ScoredText:
-    """What is found about one text.
-
-    ``status``: ``ok``; ``short`` (fewer tokens than ``min_tokens``: scores are there, but noisy);
-    ``too_short`` (no token to score) and ``nan`` (the model gave no numbers): all scores are None.
-    ``notes`` name what a reader must know: ``truncated``, ``cleaned``, ``no_capitals``.
-    """
-
-    id: str | int
-    num_tokens: int
-    status: str
-    scores: dict[str, float | None]
-    notes: tuple[str, ...] = ()
-    coverage: float | None = None
-
-    def as_json(self) -> dict[str, Any]:
-        """Give the row that is printed and stored."""
-        row = {
-            "id": self.id,
-            "n_tokens": self.num_tokens,
-            "status": self.status,
-            "scores": self.scores,
-            "notes": list(self.notes),
-        }
-        return row if self.coverage is None else row | {"frequency_coverage": self.coverage}
 
 
 @dataclass(frozen=True)
@@ -202,12 +166,12 @@ class TextScorer:
         rows = [_labelled(one.ids, row) for row, one in enumerate(encoded)]
         want = ("statistics",) if STATISTICS & set(self.settings.scores) else ()
         for places, scores in self.side.groups(rows, want):
-            columns = self._columns(scores, [encoded[place].text for place in places])
+            columns = self.columns(scores, [encoded[place].text for place in places])
             for name, column in columns.items():
                 for place, value in zip(places, column.tolist(), strict=True):
                     found[place][name] = value
 
-    def _columns(self, scores: Scores, texts: Sequence[str]) -> dict[str, Tensor]:
+    def columns(self, scores: Scores, texts: Sequence[str]) -> dict[str, Tensor]:
         """Give one value per row for every score of one pass, and what later ones are made of."""
         chosen, settings = self.settings.scores, self.settings
         found = {"mean": single_pass.loss(scores)}
@@ -304,15 +268,15 @@ class TextScorer:
         finite = size > 0 and math.isfinite(found["mean"])
         status = "ok" if size >= self.settings.min_tokens else "short"
         status = status if finite else "nan" if size else "too_short"
-        scores = {name: _number(found.get(name, math.nan)) if finite else None for name in names}
+        scores = {name: number(found.get(name, math.nan)) if finite else None for name in names}
         notes = [name for name in ("truncated", "cleaned") if getattr(encoded, name)]
         if "lowercase" in names and encoded.text == encoded.text.lower():
             notes.append("no_capitals")
-        covered = _number(found["coverage"]) if finite and "coverage" in found else None
-        return ScoredText(text.id, size, status, scores, tuple(notes), covered)
+        covered = number(found["coverage"]) if finite and "coverage" in found else None
+        return ScoredText(text.id, size, status, scores, tuple(notes), covered, encoded.text)
 
 
-def _number(value: float) -> float | None:
+def number(value: float) -> float | None:
     """Give a single-precision number with the digits it has; None for what JSON cannot say."""
     return float(f"{value:.7g}") if math.isfinite(value) else None
 

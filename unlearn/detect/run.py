@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from unlearn.detect.engine import Text, TextScorer
+from unlearn.detect.engine import TextScorer
 from unlearn.detect.settings import Settings
+from unlearn.detect.text import Text
 from unlearn.models import ModelSource, load_model, load_tokenizer
 
 

@@ -65,8 +65,21 @@ class TextTokenizer:
             kept = text if len(ids) <= room else self._start(text[:size], ids[:room])
             row = [*self.front, *ids[:room]]
             encoded.append(Encoded(row, kept, len(ids) > room, text != given))
-        self._check(encoded)
+        self.check_ids([id_ for row in encoded for id_ in row.ids])
         return encoded
+
+    def check_ids(self, ids: Sequence[int]) -> None:
+        """Refuse ids that the model does not know.
+
+        Raises:
+            UserError: names the largest id and how many the model knows.
+        """
+        largest = max(ids, default=0)
+        if largest >= self.known:
+            raise UserError(
+                f"the tokenizer writes token {largest}, but the model knows {self.known} tokens",
+                "give the tokenizer and the model of one folder that was saved together",
+            )
 
     def _start(self, text: str, ids: list[int]) -> str:
         """Give the characters that the first ids of a text stand for."""
@@ -76,14 +89,6 @@ class TextTokenizer:
             text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
         )["offset_mapping"]
         return text[: spans[len(ids) - 1][1]]
-
-    def _check(self, encoded: Sequence[Encoded]) -> None:
-        largest = max((max(row.ids) for row in encoded if row.ids), default=0)
-        if largest >= self.known:
-            raise UserError(
-                f"the tokenizer writes token {largest}, but the model knows {self.known} tokens",
-                "give the tokenizer and the model of one folder that was saved together",
-            )
 
 
 def context(model: Any) -> int:
