@@ -140,7 +140,7 @@ def _texts(tokenizer: Any, count: int) -> list[str]:
     """Write texts of random tokens, as long as :data:`LENGTHS` says, in a random order."""
     draws = Random(0)
     special = set(tokenizer.all_special_ids)
-    words = ("the", "of", "and", "to", "in", "is", "that", "for", "it", "was", "with", "not", "his")
+    words = [id_ for id_ in range(len(tokenizer)) if id_ not in special]
     texts = []
     for place in range(count):
         size = LENGTHS[place % len(LENGTHS)] - 2
@@ -224,30 +224,7 @@ def _memory(options: argparse.Namespace) -> dict[str, Any]:
 def _large_file(path: Path, megabytes: int) -> Path:
     """Write rows of one to 400 words."""
     draws = Random(0)
-    words = [
-        "the",
-        "of",
-        "and",
-        "to",
-        "in",
-        "a",
-        "is",
-        "that",
-        "for",
-        "it",
-        "as",
-        "was",
-        "with",
-        "be",
-        "by",
-        "on",
-        "not",
-        "he",
-        "his",
-        "but",
-        "at",
-        "are",
-    ]
+    words = ("the", "of", "and", "to", "in", "is", "that", "for", "it", "was", "with", "not", "his")
     with path.open("w", encoding="utf-8") as file:
         while file.tell() < megabytes * 1_000_000:
             text = " ".join(draws.choice(words) for _ in range(draws.randint(1, 400)))
