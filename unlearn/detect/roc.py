@@ -163,7 +163,9 @@ def _tpr_estimate(
     return _estimate(rate, draws, reached)
 
 
-def auc_draws(*, members: ArrayLike, nonmembers: ArrayLike, seed: int = 0) -> Float[ndarray, " draw"]:
+def auc_draws(
+    *, members: ArrayLike, nonmembers: ArrayLike, seed: int = 0
+) -> Float[ndarray, " draw"]:
     """Give the AUC of every bootstrap resample, [RESAMPLES].
 
     Equal seeds and sizes draw the same texts: the difference of the draws of two scores (or of two
