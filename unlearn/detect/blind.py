@@ -85,7 +85,8 @@ def blind_baseline(
 
     Five-fold logistic regression on TF-IDF of words and pairs of words. It warns when the AUC is
     at least 0.60 *and* above what 5 % of runs with shuffled labels reach (the 49th of 50): with few
-    texts a fixed bound alone is often crossed by chance. At most 1000 texts per side, drawn by ``seed``.
+    texts a fixed bound alone is often crossed by chance. At most 1000 texts per side,
+    drawn by ``seed``.
     """
     shared = len({text.strip() for text in suspects} & {text.strip() for text in references})
     sizes = len(suspects), len(references)
