@@ -28,7 +28,6 @@ __all__ = ["ATTACKS", "auc", "gradnorm", "privleak", "reference", "s_mia"]
 
 K = 0.4
 """Share of the tokens that Min-K% looks at on TOFU and MUSE."""
-SMALLEST_VARIANCE = 1e-6
 EPSILON = 1e-10
 
 
@@ -64,13 +63,10 @@ def min_k_plus_plus(
     """Give Min-K% of log-probabilities standardised by the vocabulary's, without a unit.
 
     z = (log p - mean) / sqrt(variance), both over a token drawn from the model itself, the variance
-    at least 1e-6 (Zhang et al. 2024, arXiv:2404.02936). Needs ``mean`` and ``variance``.
+    at least 1e-6; the last label (EOS) is left out (Zhang et al. 2024, arXiv:2404.02936). Needs
+    ``mean`` and ``variance``.
     """
-    assert scores.mean is not None
-    assert scores.variance is not None
-    spread = scores.variance.clamp_min(SMALLEST_VARIANCE).sqrt()
-    z = (scores.log_probs - scores.mean) / spread
-    return min_k(replace(scores, log_probs=z), texts, k=k)
+    return -detect.min_k_plus_plus(_without_end(scores), texts, k=k)
 
 
 ATTACKS: dict[str, Callable[..., Tensor]] = {
