@@ -12,6 +12,8 @@ BLOCKS = "▁▂▃▄▅▆▇█"
 STAGES = {
     "start": "reading the recipe and the data",
     "load": "loading the model",
+    "texts": "looking at the texts",
+    "score": "scoring",
     "benchmark": "measuring",
     "cell": "run",
     "select": "choosing forget rows:",

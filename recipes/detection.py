@@ -254,7 +254,7 @@ def _is_document(inputs: Any) -> bool:
     if kinds == {"txt"}:
         return True
     if "txt" in kinds:
-        others = ", ".join(sorted(kinds - {"txt"}))
+        others = ", ".join(sorted(str(kind) for kind in kinds - {"txt"}))
         raise UserError(
             f"'{inputs.path}' holds text files and files with rows ({others})",
             "choose --mode rows, paragraphs or document for all of them",

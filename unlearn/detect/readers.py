@@ -55,6 +55,8 @@ class Bytes:
     stream: IO[bytes]
     encoding: str = "utf-8"
     raw: IO[bytes] | None = None
+    length: int = 0
+    """Bytes of the file on disk."""
 
     @property
     def position(self) -> int:
@@ -136,7 +138,7 @@ def opened(path: Path, encoding: str = "utf-8") -> Iterator[Bytes]:
     try:
         with path.open("rb") as raw:
             stream = _unpacked(path, raw)
-            found = Bytes(str(path), stream, encoding, raw)
+            found = Bytes(str(path), stream, encoding, raw, path.stat().st_size)
             _check_start(found, parquet=kind_of(path) == "parquet")
             yield found
     except (gzip.BadGzipFile, EOFError) as error:
