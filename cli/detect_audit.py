@@ -116,7 +116,8 @@ def _audit(
     from unlearn.models import ModelSource
 
     sizes = sum(text.member for text in texts)
-    sides, notes = {}, []
+    sides: dict[str, Any] = {}
+    notes: list[str] = []
     for who, path in models.items():
         emit({"event": "stage", "stage": "load"})
         source = ModelSource(path, offline=offline)

@@ -228,7 +228,7 @@ def _print_groups(console: Any, found: dict[str, Any]) -> None:
         return
     table = Table(title="AUC by length or part", **PLAIN)
     for title in ("", "members", "non-members", *found["metrics"]):
-        table.add_column(title, justify="right" if title else "left")
+        table.add_column(title, justify="right" if title else "left", no_wrap=True)
     for group in found["groups"]:
         metrics = group["metrics"] or {}
         cells = [
@@ -242,4 +242,4 @@ def _print_groups(console: Any, found: dict[str, Any]) -> None:
 def _cell(one: dict[str, Any]) -> str:
     if one.get("value") is None:
         return "–"
-    return f"{one['value']:.3f} [dim]{one['low']:.3f} – {one['high']:.3f}[/]"
+    return f"{one['value']:.3f}\n[dim]{one['low']:.3f}–{one['high']:.3f}[/]"

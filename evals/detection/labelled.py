@@ -146,12 +146,10 @@ def _muse(part: str, path: str | None, columns: Columns, offline: bool) -> Found
     for split, member in (("forget", True), ("holdout", False)):
         if path:
             file = _file_of(Path(path), split)
-            found = (row for _, row in _rows(file))
-            place = f"'{file}'"
+            found, place = [row for _, row in _rows(file)], f"'{file}'"
         else:
             spec = f"muse-bench/{corpora[part]}#privleak:{split}"
-            found = iter(load_any_rows(spec, offline=offline))
-            place = f"'{spec}'"
+            found, place = load_any_rows(spec, offline=offline), f"'{spec}'"
         for number, row in enumerate(found, start=1):
             yield LabelledText(_text(row, columns, f"row {number} of {place}"), member, part)
 

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from unlearn.detect.english import generic_english, table_warnings
 from unlearn.detect.engine import TextScorer
+from unlearn.detect.english import generic_english, table_warnings
 from unlearn.detect.frequency import FrequencyTable, load_table
 from unlearn.detect.settings import DEFAULT, Settings
 from unlearn.models import ModelSource, load_model, load_tokenizer

@@ -11,9 +11,9 @@ from unlearn.evals.report.page import markdown
 from unlearn.runs import staged, write_atomic, write_json
 
 CAUTION = (
-    "A figure near 1 says that these two sets differ for the model; it says that membership is what "
-    "differs only if they do not differ in anything else. On texts from one distribution the same "
-    "scores are close to guessing: on the Pile, AUC 0.51 to 0.52 for models of 7B and 12B (mimir)."
+    "A figure near 1 says that these two sets differ for the model. That they differ in membership "
+    "follows only if they differ in nothing else. On texts from one distribution loss and Min-K% "
+    "are close to guessing: on the Pile, AUC 0.51 to 0.52 for Pythia 6.9B and 12B (mimir)."
 )
 
 
@@ -112,7 +112,8 @@ def audit_page(found: Mapping[str, Any]) -> Iterator[str]:
     """Say everything an audit found, line by line, in Markdown."""
     yield "# Is the forget set still familiar?"
     yield ""
-    yield f"Before {markdown(found['models']['before'])}, after {markdown(found['models']['after'])}."
+    before, after = (markdown(found["models"][who]) for who in ("before", "after"))
+    yield f"Before {before}, after {after}."
     yield ""
     for warning in found["checks"]["warnings"]:
         yield f"> **Warning:** {markdown(warning)}"
