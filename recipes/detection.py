@@ -146,9 +146,8 @@ def check_early(detection: Detection, stream: IO[bytes] | None = None) -> Any:
     inputs = Inputs(detection.input, neighbours=neighbours, stream=stream, **wanted)
     for path in (detection.model, detection.reference):
         check_model_folder(path)
-    if not inputs.is_stream:
-        inputs.files()
     settings_of(detection)
+    inputs.check()
     return inputs
 
 

@@ -200,7 +200,8 @@ class Progress:
     def tell(self, rows: int, *, end: bool = False) -> None:
         """Emit one event; a stream has no known end."""
         if self.size is None:
-            self.emit({"event": "progress", "what": self.what, "done": rows, "total": 0})
+            what = f"{rows:,} {self.what}"
+            self.emit({"event": "progress", "what": what, "done": rows, "total": 0})
             return
         read = self.size if end or self.source is None else self.before + self.source.position
         done = 100 if end else min(99, 100 * read // max(1, self.size))

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 from unlearn.detect.readers import (
     FORMATS,
@@ -26,7 +26,6 @@ FIELDS = ("input", "text", "snippet", "content", "document")
 """Columns that are taken for the text when none is named, in this order."""
 NEIGHBOURS = "neighbours"
 """Column with other wordings of the text, as a list."""
-Reader = Callable[[], IO[bytes]]
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ class Inputs:
     encoding: str = "utf-8"
     max_words: int | None = None
     neighbours: bool = False
-    stream: IO[bytes] | None = None
+    stream: Any = None
 
     @property
     def is_stream(self) -> bool:
@@ -80,6 +79,28 @@ class Inputs:
                 f"one of {', '.join(FORMATS)} (packed: {', '.join(PACKED)}), or name the --format",
             )
         return [path]
+
+    def check(self) -> None:
+        """Look at the start of every file, and at the first row of the first one.
+
+        Raises:
+            UserError: a file is empty, binary or cannot be read; the first row has no text.
+        """
+        if self.is_stream:
+            return
+        first, *others = self.files()
+        for file in others:
+            with opened(file, self.encoding):
+                pass
+        kind = self.format or kind_of(first)
+        assert kind is not None
+        with opened(first, self.encoding) as source:
+            if kind == "txt":
+                return
+            place, row = next(rows(source, kind), (None, None))
+            if place is None:
+                raise UserError(f"'{first}' has no rows", "give a file with at least one text")
+            self._text(place, row, 0)
 
     def left_out(self) -> list[Path]:
         """List files of a folder that are of no kind we read."""
@@ -114,7 +135,10 @@ class Inputs:
     def documents(
         self, watch: Callable[[Bytes], None] = lambda source: None
     ) -> Iterator[tuple[str | int, Iterator[str]]]:
-        """Give every document as its id and its text in pieces; a text file is one document."""
+        """Give every document as its id and its text in pieces; a text file is one document.
+
+        The pieces of one must be taken before the next is asked for.
+        """
         for source, kind, name in self._sources():
             watch(source)
             if kind == "txt":
@@ -155,8 +179,8 @@ class Inputs:
     @contextmanager
     def _piped(self) -> Iterator[Bytes]:
         assert self.stream is not None
-        stream: Any = self.stream
-        stream = stream if hasattr(stream, "peek") else io.BufferedReader(stream)
+        stream = self.stream
+        stream = stream if isinstance(stream, io.BufferedReader) else io.BufferedReader(stream)
         source = Bytes("-", stream, self.encoding)
         if not stream.peek(1):
             raise UserError("nothing came from standard input", "pipe texts into the command")

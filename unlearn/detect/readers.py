@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, TextIO
 
 from unlearn.data.files import LONGEST_CELL
 from unlearn.errors import UserError
@@ -52,9 +52,9 @@ class Bytes:
     """One file that is open: its bytes, how far it has been read, and how it is written."""
 
     name: str
-    stream: IO[bytes]
+    stream: io.BufferedReader
     encoding: str = "utf-8"
-    raw: IO[bytes] | None = None
+    raw: io.BufferedReader | None = None
     length: int = 0
     """Bytes of the file on disk."""
 
@@ -68,8 +68,7 @@ class Bytes:
 
     def start(self) -> bytes:
         """Look at the first bytes without reading them."""
-        stream: Any = self.stream
-        return bytes(stream.peek(BLOCK))
+        return self.stream.peek(BLOCK)
 
     def lines(self) -> Iterator[tuple[int, str]]:
         """Give every line by number, without its end, which is a line feed and nothing else."""
@@ -99,7 +98,7 @@ class Bytes:
             done += len(data)
 
     @contextmanager
-    def text(self) -> Iterator[IO[str]]:
+    def text(self) -> Iterator[TextIO]:
         """Open the bytes as text, line ends as they are."""
         encoding = "utf-8-sig" if self.encoding == "utf-8" else self.encoding
         wrapper = io.TextIOWrapper(self.stream, encoding=encoding, newline="")
@@ -263,9 +262,9 @@ READERS: dict[str, Callable[[Bytes], Iterator[tuple[Place, Any]]]] = {
 }
 
 
-def _unpacked(path: Path, raw: IO[bytes]) -> IO[bytes]:
+def _unpacked(path: Path, raw: io.BufferedReader) -> io.BufferedReader:
     if path.suffix.lower() == ".gz":
-        return io.BufferedReader(gzip.GzipFile(fileobj=raw))  # type: ignore[arg-type]
+        return io.BufferedReader(gzip.GzipFile(fileobj=raw))
     if path.suffix.lower() == ".zst":
         if find_spec("zstandard") is None:
             raise UserError(f"'{path}' is packed with zstd", "pip install zstandard, or unpack it")
