@@ -142,5 +142,5 @@ def _telling_words(
     features: Any, labels: np.ndarray, names: np.ndarray, count: int = 4
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     weights = _classifier().fit(features, labels).coef_[0]
-    order = np.argsort(weights)
+    order = [place for place in np.argsort(weights) if names[place][0].isalnum()]
     return tuple(names[order[::-1][:count]]), tuple(names[order[:count]])
