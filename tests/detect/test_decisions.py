@@ -55,7 +55,7 @@ def test_words_never_claim_more_than_a_likeness() -> None:
         "1 of 2 texts score like members at FPR 5 % by loss; were none a member, about 0.1 would."
     )
     assert lines[1].startswith("1 of them hold up")
-    assert lines[2].startswith("1 texts have no p-value")
+    assert lines[2].startswith("1 texts have no decision")
     assert "as a whole scores like members" in of_file(judge_file([4, 5, 6], [1, 2, 3]), fpr=0.05)
     assert "5 % will be" in of_threshold(at_fpr(range(39), 0.05))
 

@@ -21,6 +21,7 @@ from unlearn.detect.conformal import (
     check_enough,
     flagged,
     p_values,
+    references_needed,
     shifted_upwards,
 )
 from unlearn.errors import unknown
@@ -35,7 +36,8 @@ class Decisions:
     """The calls on many texts.
 
     ``p``: per score, one p-value per text (NaN: no score, or no reference of its length).
-    ``deciding``: the p-value that decides, that of ``primary``, or Bonferroni's over all scores.
+    ``deciding``: the p-value that decides, that of ``primary``, or Bonferroni's over all scores;
+    NaN without enough references.
     ``q``: its Benjamini-Hochberg q-value. ``member``: p at most ``fpr``. ``listed``: q at most
     ``fdr``, the calls that hold up among so many texts. ``references``: per text, how many it was
     compared with.
@@ -103,8 +105,8 @@ def from_p_values(
 ) -> Decisions:
     """Turn p-values into calls; see :func:`decide`.
 
-    Texts with too few references for ``fpr`` are never called members. When no text has enough,
-    that is an error.
+    On texts with too few references for ``fpr`` (of their length) there is no decision. When no
+    text has enough, that is an error.
     """
     if primary is not None and primary not in p:
         raise unknown("score", primary, p)
@@ -113,6 +115,7 @@ def from_p_values(
     check_enough(int(used.max(initial=0)), fpr / tests)
     table = {name: np.asarray(values, float) for name, values in p.items()}
     deciding = table[primary] if primary is not None else bonferroni(np.stack([*table.values()]))
+    deciding = np.where(used >= references_needed(fpr / tests), deciding, np.nan)
     q = benjamini_hochberg(deciding)
     return Decisions(
         table, deciding, q, flagged(deciding, fpr), flagged(q, fdr), used, primary, fpr, fdr

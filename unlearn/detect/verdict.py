@@ -28,7 +28,7 @@ def percent(share: float) -> str:
 def of_text(p: float | None, *, fpr: float, known_members: bool = False) -> str:
     """Say what the p-value of one text means."""
     if p is None or p != p:
-        return "no decision: no reference to compare with"
+        return "no decision: too few references of its length"
     likeness = "scores like known members" if known_members else "scores like a member"
     if p <= fpr + 1e-9:
         return f"{likeness} at FPR {percent(fpr)} (p = {p:.3g})"
@@ -58,7 +58,7 @@ def of_texts(found: Decisions) -> list[str]:
         )
     if missing := found.deciding.size - judged:
         lines.append(
-            f"{missing} texts have no p-value: too short, or no reference of their length."
+            f"{missing} texts have no decision: no score, or too few references of their length."
         )
     return lines
 
