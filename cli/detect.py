@@ -7,6 +7,7 @@ from typing import Annotated, Any, TextIO
 
 import typer
 
+from unlearn.cli import detect_audit, detect_bench, detect_decide, detect_freq
 from unlearn.cli.entry import Json, Offline, go_offline, guarded
 from unlearn.cli.progress import listening
 
@@ -264,6 +265,13 @@ class _explaining_stops:
         if self.out is not None:
             hint = f"the same command goes on; rows so far are in '{part_file(self.out)}'"
         raise Interrupted("stopped on request", hint) from error
+
+
+app.command(epilog=detect_bench.EPILOG)(detect_bench.bench)
+app.command(epilog=detect_audit.EPILOG)(detect_audit.audit)
+app.command(epilog=detect_decide.DECIDE)(detect_decide.decide)
+app.command(epilog=detect_decide.CALIBRATE)(detect_decide.calibrate)
+app.add_typer(detect_freq.app, name="freq")
 
 
 def main() -> None:

@@ -17,12 +17,14 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from numpy.typing import ArrayLike
-from scipy.stats import rankdata
 from torch import Tensor
 
 from unlearn import detect
+from unlearn.detect.roc import auc
 from unlearn.evals.metrics import without_last
 from unlearn.scores import Scorer, Scores
+
+__all__ = ["ATTACKS", "auc", "gradnorm", "privleak", "reference", "s_mia"]
 
 K = 0.4
 """Share of the tokens that Min-K% looks at on TOFU and MUSE."""
@@ -113,16 +115,6 @@ def gradnorm(
         for module, training in modes.items():
             module.training = training
     return found
-
-
-def auc(forget: ArrayLike, holdout: ArrayLike) -> float:
-    """Give the probability that a holdout row scores higher than a forget row; ties count half.
-
-    The area under the ROC curve, in [0, 1], from ranks: the same for every increasing transform.
-    """
-    low, high = np.asarray(forget, float), np.asarray(holdout, float)
-    ranks = rankdata(np.concatenate([low, high]))[low.size :]
-    return float((ranks.sum() - high.size * (high.size + 1) / 2) / (low.size * high.size))
 
 
 def privleak(auc: float, auc_retain: float = 0.5) -> float:

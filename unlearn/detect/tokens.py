@@ -62,7 +62,7 @@ class TextTokenizer:
             while size < len(text) and len(ids) < room + MARGIN:
                 size *= 4
                 (ids,) = tokenize(self.tokenizer, [text[:size]], adds_special=False)
-            kept = text if len(ids) <= room else self._start(text[:size], ids[:room])
+            kept = text if len(ids) <= room else self.start_of(text[:size], ids[:room])
             row = [*self.front, *ids[:room]]
             encoded.append(Encoded(row, kept, len(ids) > room, text != given))
         self.check_ids([id_ for row in encoded for id_ in row.ids])
@@ -81,7 +81,7 @@ class TextTokenizer:
                 "give the tokenizer and the model of one folder that was saved together",
             )
 
-    def _start(self, text: str, ids: list[int]) -> str:
+    def start_of(self, text: str, ids: list[int]) -> str:
         """Give the characters that the first ids of a text stand for."""
         if not getattr(self.tokenizer, "is_fast", False):
             return str(self.tokenizer.decode(ids))
