@@ -117,8 +117,8 @@ def score(
             "--score",
             metavar="NAME",
             rich_help_panel=SCORES,
-            help="loss, ppl, zlib, mink, minkpp, gapk, lowercase, ref, recall, conrecall, "
-            "neighbour, pac, or all. May be given again.",
+            help="loss, ppl, zlib, mink, minkpp, gapk, dcpdd, lowercase, ref, recall, "
+            "conrecall, neighbour, pac, or all. May be given again.",
         ),
     ] = None,
     k: Annotated[
@@ -130,6 +130,10 @@ def score(
             help="Share of lowest tokens for mink, minkpp, gapk (0.2). May be given again.",
         ),
     ] = None,
+    frequencies: Annotated[
+        str | None,
+        _text("--freq", "FOLDER", "Token frequencies for dcpdd (a rough English one).", SCORES),
+    ] = None,
     reference: Annotated[
         str | None,
         typer.Option(
@@ -140,11 +144,11 @@ def score(
             help="Second model, for ref.",
         ),
     ] = None,
-    nonmembers: Annotated[
+    prefix: Annotated[
         str | None,
         _text("--prefix", "FILE", "Texts that are no members, for recall.", SCORES),
     ] = None,
-    members: Annotated[
+    member_prefix: Annotated[
         str | None,
         _text("--member-prefix", "FILE", "Texts that are members, for conrecall.", SCORES),
     ] = None,
@@ -165,6 +169,10 @@ def score(
         typer.Option(
             metavar="N", help="Tokens read at once (at most 1024).", rich_help_panel=WINDOWS
         ),
+    ] = None,
+    nonmembers: Annotated[
+        str | None,
+        _text("--nonmembers", "FILE", "Documents never seen: windows get p-values.", WINDOWS),
     ] = None,
     html: Annotated[
         Path | None,

@@ -70,14 +70,12 @@ def detect(
     emit: Emit = lambda event: None,
     out: Path | None = None,
     show: Show = lambda row, text: None,
-    references: Mapping[str, Any] | None = None,
     keep: bool = False,
 ) -> Summary:
     """Score all texts; rows go to ``show`` as they come, and to ``out`` as JSON lines.
 
     Stopped, the same call goes on with the same ``out``: finished rows are not computed again (nor
-    shown). ``references`` calibrates windows (:func:`~unlearn.detect.windows.score_windows`);
-    ``keep`` keeps what heat maps need.
+    shown). ``keep`` keeps what heat maps need.
     """
     emit({"event": "stage", "stage": "score"})
     summary = Summary()
@@ -86,7 +84,7 @@ def detect(
         if file is not None and file.done:
             emit({"event": "warning", "message": f"going on after {file.done} rows of '{out}'"})
         if prepared.is_document:
-            blocks = _documents(prepared, progress, summary, file, references or {}, keep)
+            blocks = _documents(prepared, progress, summary, file, keep)
         else:
             blocks = _texts(prepared, progress, file, summary)
         for block in blocks:
@@ -125,7 +123,6 @@ def _documents(
     progress: "Progress",
     summary: Summary,
     file: Output | None,
-    references: Mapping[str, Any],
     keep: bool,
 ) -> Iterator[Block]:
     scorer = prepared.scorer
@@ -137,7 +134,7 @@ def _documents(
         document.profile.add(stored)
         heard = document.heard(pieces)
         windows = score_windows(
-            scorer, heard, prepared.strides, references=references, skip=len(stored)
+            scorer, heard, prepared.strides, references=prepared.references, skip=len(stored)
         )
         if finished:
             for _ in heard if keep else ():
