@@ -222,8 +222,8 @@ def write_many(path: Path, count: int) -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_killed_in_the_middle_it_goes_on_to_the_same_bytes(number, detect):
     """Part of the rows are there, the file is not; afterwards it is that of an undisturbed run."""
-    write_many(Path("texts.jsonl"), 400)
-    words = ["texts.jsonl", "--model", "model", "--offline", "--batch-tokens", "64"]
+    write_many(Path("texts.jsonl"), 500)
+    words = ["texts.jsonl", "--model", "model", "--offline", "--batch-tokens", "256"]
     assert detect(*words, "--out", "whole.jsonl").code == 0
     command = [sys.executable, "-m", "unlearn.cli", "detect", *words, "--out", "out.jsonl"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, env=dict(os.environ))
