@@ -227,7 +227,7 @@ def _print_groups(console: Any, found: dict[str, Any]) -> None:
     if len(found["groups"]) < 2:
         return
     table = Table(title="AUC by length or part", **PLAIN)
-    for title in ("", "members", "non-members", *found["metrics"]):
+    for title in ("", "texts", *found["metrics"]):
         table.add_column(title, justify="right" if title else "left", no_wrap=True)
     for group in found["groups"]:
         metrics = group["metrics"] or {}
@@ -235,7 +235,8 @@ def _print_groups(console: Any, found: dict[str, Any]) -> None:
             f"{metrics[name]['auc']['value']:.3f}" if metrics.get(name) else "–"
             for name in found["metrics"]
         ]
-        table.add_row(group["group"], str(group["members"]), str(group["nonmembers"]), *cells)
+        sizes = f"{group['members']} + {group['nonmembers']}"
+        table.add_row(group["group"], sizes, *cells)
     console.print(table)
 
 

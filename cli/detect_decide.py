@@ -43,6 +43,14 @@ def decide(
             rich_help_panel=TEXTS,
         ),
     ] = None,
+    members: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="Texts that surely were seen: tells how many of such are found.",
+            rich_help_panel=TEXTS,
+        ),
+    ] = None,
     calibration: Annotated[
         Path | None,
         typer.Option(
@@ -123,6 +131,7 @@ def decide(
             "give --nonmembers FILE, or --calibration FILE from `unlearn detect calibrate`",
         )
     texts, others = _texts(file, text_field), _texts(nonmembers, text_field)
+    known = _texts(members, text_field)
     fitted = _fitted(calibration)
     settings, extras = _settings(
         [fitted.score] if fitted else scores, freq, max_tokens, batch_tokens, seed, fitted
@@ -134,7 +143,7 @@ def decide(
         if fitted is not None:
             found = _by_threshold(scorer, texts, fitted, str(calibration), force=force)
         else:
-            from unlearn.detect.judge import judge, with_dataset_test
+            from unlearn.detect.judge import judge, with_dataset_test, with_members
 
             judged = judge(
                 scorer,
@@ -146,6 +155,7 @@ def decide(
                 match_length=not whole_lengths,
             )
             judged = with_dataset_test(judged) if dataset_test else judged
+            judged = with_members(judged, known) if known else judged
             found = {"items": judged.rows(), **judged.summary()}
     found["notes"] = notes
     found |= {"schema": "detect-decide/1", "file": file, "model": model}

@@ -8,7 +8,7 @@ import pytest
 from unlearn.detect.conformal import NotCalibrated
 from unlearn.detect.engine import TextScorer
 from unlearn.detect.english import generic_english
-from unlearn.detect.judge import judge, with_dataset_test
+from unlearn.detect.judge import judge, with_dataset_test, with_members
 from unlearn.detect.references import References
 from unlearn.detect.settings import Settings
 from unlearn.detect.text import Text
@@ -85,6 +85,20 @@ def test_texts_like_the_references_are_rarely_called(scorer: TextScorer) -> None
     assert summary["called"] == sum(row["decision"] == "member" for row in rows)
     assert not summary["checks"]["shifted"]
     assert with_dataset_test(found).summary()["dataset_test"]["p"] > 0.01
+
+
+def test_known_members_tell_how_many_are_found(scorer: TextScorer) -> None:
+    """Members that are references again score exactly as high as these: hardly any is called."""
+    references = many(60, 1)
+    texts = [Text(0, TEXTS[1])]
+    found = judge(scorer, texts, references, primary="loss", fpr=0.1, match_length=False)
+    told = with_members(found, [Text(n, text) for n, text in enumerate(references[:30])])
+    assert told.found_members is not None
+    assert told.found_members.n == 30
+    assert told.found_members.count <= 5  # the tenth of 60 that score highest
+    assert told.found_members.low <= told.found_members.count / 30 <= told.found_members.high
+    assert "Of 30 known members" in told.summary()["verdict"][-1]
+    assert told.summary()["known_members"]["n"] == 30
 
 
 def test_whole_references_on_request(scorer: TextScorer) -> None:

@@ -8,13 +8,13 @@ import numpy as np
 from numpy import ndarray
 
 from unlearn.detect.blind import BlindBaseline, blind_baseline
-from unlearn.detect.conformal import length_matched, p_values
+from unlearn.detect.conformal import NotCalibrated, length_matched, p_values, share_interval
 from unlearn.detect.dataset_test import DatasetTest, dataset_test
 from unlearn.detect.decisions import Decisions, from_p_values
 from unlearn.detect.engine import TextScorer
 from unlearn.detect.references import References
 from unlearn.detect.text import ScoredText, Text
-from unlearn.detect.verdict import LIMITS, of_text, of_texts
+from unlearn.detect.verdict import LIMITS, Share, of_members, of_text, of_texts
 
 PRIMARY = ("minkpp", "mink", "loss")
 """The score that decides when none is named: the first of these that was computed."""
@@ -28,14 +28,18 @@ class Judgement:
     decisions: Decisions
     blind: BlindBaseline
     references: References
+    match_length: bool = True
     dataset: DatasetTest | None = None
+    found_members: Share | None = None
 
     def rows(self) -> list[dict[str, Any]]:
         """Give one record per text, in the order of the texts."""
         fpr = self.decisions.fpr
         called = zip(self.scored, self.decisions.rows(), self.decisions.deciding, strict=True)
+        known = self.found_members is not None
         return [
-            one.as_json() | row | {"words": of_text(float(p), fpr=fpr)} for one, row, p in called
+            one.as_json() | row | {"words": of_text(float(p), fpr=fpr, known_members=known)}
+            for one, row, p in called
         ]
 
     def summary(self) -> dict[str, Any]:
@@ -49,8 +53,9 @@ class Judgement:
             "called": int(found.member.sum()),
             "hold_up": int(found.listed.sum()),
             "dataset_test": self.dataset.to_dict() if self.dataset else None,
+            "known_members": vars(self.found_members) if self.found_members else None,
             "checks": self.blind.to_dict(),
-            "verdict": of_texts(found),
+            "verdict": [*of_texts(found), *of_members(self.found_members, found.fpr)],
             "limits": list(LIMITS),
         }
 
@@ -79,16 +84,27 @@ def judge(
     scored = list(scorer(texts))
     names = references.columns
     primary = primary or next((name for name in PRIMARY if name in names), names[0])
-    values = {name: _values(scored, name) for name in names}
-    tokens = np.array([one.num_tokens for one in scored])
-    if match_length:
-        p, used = _matched(values, tokens, references)
-    else:
-        p = {name: p_values(values[name], references.at()[name]) for name in names}
-        used = np.full(len(scored), len(references.encoded))
+    p, used = _p_values(scored, references, match_length)
     decisions = from_p_values(p, used, primary=primary, fpr=fpr, fdr=fdr)
     blind = blind_baseline([one.text for one in texts], nonmembers, seed=scorer.settings.seed)
-    return Judgement(scored, decisions, blind, references)
+    return Judgement(scored, decisions, blind, references, match_length)
+
+
+def with_members(found: Judgement, members: Sequence[Text]) -> Judgement:
+    """Also judge texts that surely were seen: how many of such are found at this rate?
+
+    Raises:
+        NotCalibrated: none of them has enough references of its length.
+    """
+    scored = list(found.references.scorer(members))
+    p, used = _p_values(scored, found.references, found.match_length)
+    rules = {name: getattr(found.decisions, name) for name in ("primary", "fpr", "fdr")}
+    called = from_p_values(p, used, **rules)
+    judged = int((~np.isnan(called.deciding)).sum())
+    hits = int(called.member.sum())
+    if not judged:
+        raise NotCalibrated("no known member could be judged", "give members of other lengths")
+    return replace(found, found_members=Share(hits, judged, *share_interval(hits, judged)))
 
 
 def with_dataset_test(found: Judgement) -> Judgement:
@@ -107,9 +123,16 @@ def _values(scored: Sequence[ScoredText], name: str) -> ndarray:
     return np.array([np.nan if value is None else value for value in values])
 
 
-def _matched(
-    values: dict[str, ndarray], tokens: ndarray, references: References
+def _p_values(
+    scored: Sequence[ScoredText], references: References, match_length: bool
 ) -> tuple[dict[str, ndarray], ndarray]:
+    """Give p-values per score, and the number of references of every text."""
+    values = {name: _values(scored, name) for name in references.columns}
+    if not match_length:
+        whole = references.at()
+        p = {name: p_values(column, whole[name]) for name, column in values.items()}
+        return p, np.full(len(scored), len(references.encoded))
+    tokens = np.array([one.num_tokens for one in scored])
     found, used = {}, np.zeros(tokens.size, int)
     for name, column in values.items():
 

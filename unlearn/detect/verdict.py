@@ -1,6 +1,7 @@
 """What was found, in words a reader cannot over-read. Never "was in the training data"."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from unlearn.detect.decisions import Decisions, FileEvidence
 from unlearn.detect.thresholds import Threshold
@@ -18,6 +19,16 @@ LIMITS = (
     WEAK,
 )
 """What no decision of this kind shows, whatever its numbers."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """How many of some texts were called members, and the exact 95 % interval of that share."""
+
+    count: int
+    n: int
+    low: float
+    high: float
 
 
 def percent(share: float) -> str:
@@ -61,6 +72,18 @@ def of_texts(found: Decisions) -> list[str]:
             f"{missing} texts have no decision: no score, or too few references of their length."
         )
     return lines
+
+
+def of_members(found: Share | None, fpr: float) -> list[str]:
+    """Say how many texts that surely were seen are found at this rate."""
+    if found is None:
+        return []
+    ends = f"{percent(found.low)} to {percent(found.high)}"
+    share = percent(found.count / found.n)
+    return [
+        f"Of {found.n} known members {share} are found at FPR {percent(fpr)} ({ends}): a text that "
+        "is not detected may well be one of the others."
+    ]
 
 
 def of_file(found: FileEvidence, *, fpr: float) -> str:
