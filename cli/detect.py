@@ -1,7 +1,8 @@
 """``detect-pretraining`` and ``unlearn detect``: was this text in a model's training data?"""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, TextIO
 
@@ -53,6 +54,7 @@ def _text(name: str, metavar: str, help_: str, panel: str | None = None) -> Any:
     epilog="Example: [bold]detect-pretraining passages.jsonl --model models/target --json[/bold]"
 )
 def score(
+    ctx: typer.Context,
     file: Annotated[
         str | None,
         typer.Argument(
@@ -117,8 +119,8 @@ def score(
             "--score",
             metavar="NAME",
             rich_help_panel=SCORES,
-            help="loss, ppl, zlib, mink, minkpp, gapk, lowercase, ref, recall, conrecall, "
-            "neighbour, pac, or all. May be given again.",
+            help="loss, ppl, zlib, mink, minkpp, gapk, dcpdd, lowercase, ref, recall, "
+            "conrecall, neighbour, pac, or all. May be given again.",
         ),
     ] = None,
     k: Annotated[
@@ -130,6 +132,10 @@ def score(
             help="Share of lowest tokens for mink, minkpp, gapk (0.2). May be given again.",
         ),
     ] = None,
+    frequencies: Annotated[
+        str | None,
+        _text("--freq", "FOLDER", "Token frequencies for dcpdd (a rough English one).", SCORES),
+    ] = None,
     reference: Annotated[
         str | None,
         typer.Option(
@@ -140,11 +146,11 @@ def score(
             help="Second model, for ref.",
         ),
     ] = None,
-    nonmembers: Annotated[
+    prefix: Annotated[
         str | None,
         _text("--prefix", "FILE", "Texts that are no members, for recall.", SCORES),
     ] = None,
-    members: Annotated[
+    member_prefix: Annotated[
         str | None,
         _text("--member-prefix", "FILE", "Texts that are members, for conrecall.", SCORES),
     ] = None,
@@ -165,6 +171,10 @@ def score(
         typer.Option(
             metavar="N", help="Tokens read at once (at most 1024).", rich_help_panel=WINDOWS
         ),
+    ] = None,
+    nonmembers: Annotated[
+        str | None,
+        _text("--nonmembers", "FILE", "Documents never seen: windows get p-values.", WINDOWS),
     ] = None,
     html: Annotated[
         Path | None,
@@ -191,24 +201,18 @@ def score(
 
     A score ranks texts; alone it decides nothing about any of them. `--json` prints one JSON object
     per text (or window), in the order of the texts. See docs/detection.md.
-    """  # fmt: skip
-    given = {
-        name: value for name, value in locals().items()
-        if name not in ("file", "recipe", "format_", "html", "out", "offline", "json")
-    }  # fmt: skip
-    changes = given | {"input": file, "format": format_}
+    """
+    given = ctx.params | {"input": file, "format": format_}
     real = getattr(sys.stdout, "real", sys.stdout)
     with listening() as emit:
-        printer, summary = _score(
-            changes, recipe, html, out, emit, real, offline=offline, json=json
-        )
+        printer, summary = _score(given, recipe, html, out, emit, real, offline=offline, json=json)
     printer.end(summary)
     if summary.nothing:
         raise typer.Exit(NOTHING_SCORED)
 
 
 def _score(
-    changes: dict[str, Any],
+    given: dict[str, Any],
     recipe: Path | None,
     html: Path | None,
     out: Path | None,
@@ -219,11 +223,13 @@ def _score(
     json: bool,
 ) -> tuple[Any, Any]:
     from unlearn.errors import UserError
-    from unlearn.recipes.detection import check_early, load_detection, prepare
+    from unlearn.recipes.detection import Detection, check_early, load_detection, prepare
 
     emit({"event": "stage", "stage": "texts"})
     if out is not None and out.exists():
         raise UserError(f"'{out}' already exists", "choose another --out, or remove it")
+    keys = Detection.model_fields.keys() & given.keys()
+    changes = {key: given[key] for key in keys if given[key] not in (None, (), [])}
     detection = load_detection(str(recipe) if recipe else None, changes)
     inputs = check_early(detection, _stdin() if detection.input == "-" else None)
     go_offline(offline)
@@ -245,25 +251,19 @@ def _stdin() -> Any:
     return sys.stdin.buffer
 
 
-class _explaining_stops:
+@contextmanager
+def _explaining_stops(out: Path | None) -> Iterator[None]:
     """Say how to go on, when a person stops the work."""
+    from unlearn.cli.entry import Halt
+    from unlearn.detect.output import part_file
+    from unlearn.errors import Interrupted
 
-    def __init__(self, out: Path | None) -> None:
-        self.out = out
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        from unlearn.cli.entry import Halt
-        from unlearn.detect.output import part_file
-        from unlearn.errors import Interrupted
-
-        if not isinstance(error, Halt | KeyboardInterrupt):
-            return
+    try:
+        yield
+    except (Halt, KeyboardInterrupt) as error:
         hint = "nothing was kept; with --out FILE the same command goes on where it stopped"
-        if self.out is not None:
-            hint = f"the same command goes on; rows so far are in '{part_file(self.out)}'"
+        if out is not None:
+            hint = f"the same command goes on; rows so far are in '{part_file(out)}'"
         raise Interrupted("stopped on request", hint) from error
 
 

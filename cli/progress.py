@@ -13,6 +13,7 @@ STAGES = {
     "start": "reading the recipe and the data",
     "load": "loading the model",
     "texts": "looking at the texts",
+    "references": "scoring texts that are no members",
     "score": "scoring",
     "benchmark": "measuring",
     "cell": "run",

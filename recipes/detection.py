@@ -5,7 +5,7 @@ is left out takes the default of :class:`unlearn.detect.settings.Settings` and i
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import IO, Annotated, Any, Literal
 
@@ -14,6 +14,8 @@ from pydantic import Field, ValidationError
 from unlearn.errors import UserError, did_you_mean
 from unlearn.recipes.section import Section
 
+SAMPLE = 200
+"""Texts that are compared with a frequency table."""
 Emit = Callable[[dict[str, Any]], None]
 Names = Annotated[tuple[str, ...], Field(strict=False, min_length=1)]
 Shares = Annotated[tuple[float, ...], Field(strict=False, min_length=1)]
@@ -74,10 +76,14 @@ class Detection(Section):
     """Of the words that PAC swaps."""
     reference: str | None = None
     """Model for the score `ref`."""
-    nonmembers: str | None = None
+    frequencies: str | None = None
+    """Folder of a token frequency table, for dcpdd; null is `english`, a rough one."""
+    prefix: str | None = None
     """File with texts that are surely no members: the prefix of recall and conrecall."""
-    members: str | None = None
+    member_prefix: str | None = None
     """File with texts that surely are: the other prefix of conrecall."""
+    nonmembers: str | None = None
+    """File or folder of documents that are surely no members: gives windows their p-values."""
     window: int = Field(default=128, ge=1)
     """Tokens of a window of a document."""
     stride: int = Field(default=64, ge=1)
@@ -126,6 +132,8 @@ class Prepared:
     scorer: Any
     strides: Any
     is_document: bool
+    references: Mapping[str, Any] = field(default_factory=dict)
+    """By score, the scores of windows of texts that are surely no members."""
 
 
 def check_early(detection: Detection, stream: IO[bytes] | None = None) -> Any:
@@ -148,6 +156,13 @@ def check_early(detection: Detection, stream: IO[bytes] | None = None) -> Any:
         check_model_folder(path)
     settings_of(detection)
     inputs.check()
+    if detection.nonmembers is not None:
+        if not is_document(inputs):
+            raise UserError(
+                "nonmembers give p-values to windows of documents, and these texts are rows",
+                "`unlearn detect decide FILE --nonmembers FILE` judges rows",
+            )
+        Inputs(detection.nonmembers, mode="document").check()
     return inputs
 
 
@@ -157,9 +172,9 @@ def settings_of(detection: Detection) -> Any:
 
     given = {
         "ref": detection.reference is not None,
-        "dcpdd": False,
-        "recall": detection.nonmembers is not None,
-        "conrecall": None not in (detection.nonmembers, detection.members),
+        "dcpdd": True,  # there is always the rough table of English
+        "recall": detection.prefix is not None,
+        "conrecall": None not in (detection.prefix, detection.member_prefix),
         "neighbour": False,
     }
     asked = detection.scores
@@ -167,7 +182,7 @@ def settings_of(detection: Detection) -> Any:
         asked = (*DEFAULT, *(name for name, there in given.items() if there))
     elif "all" in asked:
         asked = tuple(name for name in SCORES if given.get(name, True))
-    names = {field.name for field in fields(Settings)} - {"scores"}
+    names = {one.name for one in fields(Settings)} - {"scores"}
     values = {name: getattr(detection, name) for name in names}
     changes = {name: value for name, value in values.items() if value is not None}
     return replace(Settings(), scores=asked, **changes)
@@ -181,13 +196,15 @@ def prepare(detection: Detection, inputs: Any, *, emit: Emit, offline: bool) -> 
     """
     from unlearn.data.people import demo_folder  # noqa: PLC0415
     from unlearn.detect.engine import TextScorer  # noqa: PLC0415
+    from unlearn.detect.english import table_warnings  # noqa: PLC0415
     from unlearn.detect.settings import SINGLE_PASS  # noqa: PLC0415
     from unlearn.detect.windows import Strides  # noqa: PLC0415
+    from unlearn.evals.detection.scorer import find_table  # noqa: PLC0415
 
     settings = settings_of(detection)
     strides = Strides(detection.window, detection.stride, detection.context)
-    is_document = _is_document(inputs)
-    if is_document and detection.scores is None:
+    in_windows = is_document(inputs)
+    if in_windows and detection.scores is None:
         chosen = tuple(name for name in settings.scores if name in SINGLE_PASS)
         settings = replace(settings, scores=chosen)
     if detection.model is None:
@@ -196,6 +213,11 @@ def prepare(detection: Detection, inputs: Any, *, emit: Emit, offline: bool) -> 
         emit({"event": "warning", "message": f"'{file}' is left out: no kind of file we read"})
     emit({"event": "stage", "stage": "load"})
     model, tokenizer = _load(detection.model or str(demo_folder() / "target"), detection, offline)
+    table = None
+    if "dcpdd" in settings.scores:
+        table = find_table(detection.frequencies, tokenizer)
+        for warning in table_warnings(table, _sample(inputs), tokenizer):
+            emit({"event": "warning", "message": warning})
     reference = None
     if "ref" in settings.scores and detection.reference:
         reference = _load(detection.reference, replace_revision(detection), offline)
@@ -204,10 +226,12 @@ def prepare(detection: Detection, inputs: Any, *, emit: Emit, offline: bool) -> 
         tokenizer,
         settings,
         reference=reference,
-        nonmembers=_shots(detection.nonmembers, settings.shots),
-        members=_shots(detection.members, settings.shots),
+        frequencies=table.frequencies() if table else None,
+        nonmembers=_shots(detection.prefix, settings.shots),
+        members=_shots(detection.member_prefix, settings.shots),
     )
-    return Prepared(detection, inputs, scorer, strides, is_document)
+    references = _references(detection, scorer, strides, emit)
+    return Prepared(detection, inputs, scorer, strides, in_windows, references)
 
 
 def replace_revision(detection: Detection) -> Detection:
@@ -230,18 +254,18 @@ def identity(prepared: Prepared) -> dict[str, Any]:
     inputs = prepared.inputs
     names = ("path", "mode", "format", "text_field", "id_field", "encoding", "max_words")
     given = {name: getattr(inputs, name) for name in names}
-    prefixes = {name: getattr(detection, name) for name in ("nonmembers", "members", "dtype")}
+    others = ("frequencies", "prefix", "member_prefix", "nonmembers", "dtype")
     return {
         **weights,
         **asdict(settings),
         **given,
-        **prefixes,
+        **{name: getattr(detection, name) for name in others},
         "input": inputs.fingerprint(),
         "windows": asdict(prepared.strides) if prepared.is_document else None,
     }
 
 
-def _is_document(inputs: Any) -> bool:
+def is_document(inputs: Any) -> bool:
     """Whether texts are read as documents, in windows."""
     if inputs.mode != "auto":
         return bool(inputs.mode == "document")
@@ -283,3 +307,41 @@ def _shots(path: str | None, most: int) -> list[str]:
     from unlearn.detect.inputs import Inputs  # noqa: PLC0415
 
     return [text.text for text in islice(Inputs(path, mode="rows").texts(), most)]
+
+
+def _sample(inputs: Any) -> list[str]:
+    """Give some of the texts, to be compared with a frequency table; a stream is left alone."""
+    from itertools import islice  # noqa: PLC0415
+
+    if inputs.is_stream:
+        return []
+    if is_document(inputs):
+        return ["".join(islice(pieces, 1)) for _, pieces in islice(inputs.documents(), 4)]
+    return [text.text for text in islice(inputs.texts(), SAMPLE)]
+
+
+def _references(
+    detection: Detection, scorer: Any, strides: Any, emit: Emit
+) -> dict[str, list[float]]:
+    """Score the windows of documents that are surely no members.
+
+    Raises:
+        UserError: they are too few to give small p-values.
+    """
+    from unlearn.detect.conformal import check_enough  # noqa: PLC0415
+    from unlearn.detect.inputs import Inputs  # noqa: PLC0415
+    from unlearn.detect.spans import FPR  # noqa: PLC0415
+    from unlearn.detect.windows import score_windows  # noqa: PLC0415
+
+    if detection.nonmembers is None:
+        return {}
+    emit({"event": "stage", "stage": "references"})
+    found: dict[str, list[float]] = {}
+    for _, pieces in Inputs(detection.nonmembers, mode="document").documents():
+        for windows in score_windows(scorer, pieces, strides):
+            for one in windows:
+                for name, value in one.scores.items():
+                    if name != "ppl" and value is not None and one.num_tokens == strides.window:
+                        found.setdefault(name, []).append(value)
+    check_enough(min(map(len, found.values()), default=0), FPR)
+    return found

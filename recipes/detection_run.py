@@ -70,14 +70,12 @@ def detect(
     emit: Emit = lambda event: None,
     out: Path | None = None,
     show: Show = lambda row, text: None,
-    references: Mapping[str, Any] | None = None,
     keep: bool = False,
 ) -> Summary:
     """Score all texts; rows go to ``show`` as they come, and to ``out`` as JSON lines.
 
     Stopped, the same call goes on with the same ``out``: finished rows are not computed again (nor
-    shown). ``references`` calibrates windows (:func:`~unlearn.detect.windows.score_windows`);
-    ``keep`` keeps what heat maps need.
+    shown). ``keep`` keeps what heat maps need.
     """
     emit({"event": "stage", "stage": "score"})
     summary = Summary()
@@ -86,7 +84,7 @@ def detect(
         if file is not None and file.done:
             emit({"event": "warning", "message": f"going on after {file.done} rows of '{out}'"})
         if prepared.is_document:
-            blocks = _documents(prepared, progress, summary, file, references or {}, keep)
+            blocks = _documents(prepared, progress, summary, file, keep)
         else:
             blocks = _texts(prepared, progress, file, summary)
         for block in blocks:
@@ -125,19 +123,17 @@ def _documents(
     progress: "Progress",
     summary: Summary,
     file: Output | None,
-    references: Mapping[str, Any],
     keep: bool,
 ) -> Iterator[Block]:
     scorer = prepared.scorer
     score = primary_score(scorer.settings.columns)
-    before = _stored(file, summary)
+    before = _stored(file, summary, score)
     for id_, pieces in prepared.inputs.documents(progress.watch):
-        document = Document(id_, Profile(score))
-        stored, finished = before.get(id_, ([], False))
-        document.profile.add(stored)
+        profile, finished = before.get(id_, (Profile(score), False))
+        document = Document(id_, profile)
         heard = document.heard(pieces)
         windows = score_windows(
-            scorer, heard, prepared.strides, references=references, skip=len(stored)
+            scorer, heard, prepared.strides, references=prepared.references, skip=len(profile.rows)
         )
         if finished:
             for _ in heard if keep else ():
@@ -152,29 +148,29 @@ def _documents(
             summary.documents.append(document)
 
 
-def _stored(file: Output | None, summary: Summary) -> dict[str | int, tuple[list[Window], bool]]:
-    """Give the windows of every document that are written already, and whether these are all."""
-    found: dict[str | int, tuple[list[Window], bool]] = {}
+def _stored(
+    file: Output | None, summary: Summary, score: str
+) -> dict[str | int, tuple[Profile, bool]]:
+    """Give the profile of every document that is begun already, and whether it is complete."""
+    found: dict[str | int, tuple[Profile, bool]] = {}
     for row in file.rows() if file is not None else ():
         summary.count(row)
-        windows, _ = found.get(row["id"], ([], False))
+        profile, _ = found.setdefault(row["id"], (Profile(score), False))
         if "spans" in row:
-            found[row["id"]] = (windows, True)
+            found[row["id"]] = (profile, True)
             continue
         place = (row["start_token"], row["n_tokens"], row["start_char"], row["end_char"])
-        windows.append(Window(*place, row["scores"], row.get("p", {})))
-        found[row["id"]] = (windows, False)
+        profile.add([Window(*place, row["scores"], row.get("p", {}))])
     return found
 
 
 def _closing(document: Document) -> dict[str, Any]:
     """Give the row that ends a document: how long it is, and which passages stand out."""
     profile = document.profile
-    tokens = int(profile.rows[-1][2] + profile.rows[-1][3]) if profile.rows else 0
     return {
         "id": document.id,
-        "status": "ok" if profile.rows else "too_short",
-        "n_tokens": tokens,
+        "status": "ok" if len(profile.rows) else "too_short",
+        "n_tokens": profile.num_tokens,
         "n_windows": len(profile.rows),
         "judged_by": profile.score,
         "basis": profile.basis,

@@ -45,8 +45,8 @@ from unlearn.models import load_model, load_tokenizer
 
 SCORES = ("loss", "zlib", "mink", "minkpp", "gapk", "dcpdd")
 FAMILIES = (("loss", "zlib"), ("mink",), ("minkpp",), ("gapk",), ("dcpdd",))
-LENGTHS = (16, 32, 64, 128, 256, 512)
-"""Lengths of texts in tokens, each as frequent."""
+LENGTHS = (16, 32, 64, 128, 256, 400)
+"""Lengths of texts in tokens, each as frequent; tokenised again, texts get a little longer."""
 Scores = list[dict[str, float]]
 
 
@@ -144,7 +144,8 @@ def _texts(tokenizer: Any, count: int) -> list[str]:
     texts = []
     for place in range(count):
         size = LENGTHS[place % len(LENGTHS)] - 2
-        texts.append(tokenizer.decode([draws.choice(words) for _ in range(size)]))
+        text = tokenizer.decode([draws.choice(words) for _ in range(size)])
+        texts.append(text.replace("\x00", ""))
     draws.shuffle(texts)
     return texts
 

@@ -48,7 +48,7 @@ def load_scorer(
         UserError: the model, the table or the reference cannot be used.
     """
     tokenizer = load_tokenizer(source)
-    table = _table(extras.frequencies, tokenizer) if "dcpdd" in settings.scores else None
+    table = find_table(extras.frequencies, tokenizer) if "dcpdd" in settings.scores else None
     model = load_model(source)
     reference = None
     if extras.reference and "ref" in settings.scores:
@@ -65,7 +65,12 @@ def load_scorer(
     return scorer, table_warnings(table, some, tokenizer) if table and some else []
 
 
-def _table(name: str | None, tokenizer: object) -> FrequencyTable:
+def find_table(name: str | None, tokenizer: object) -> FrequencyTable:
+    """Give the table of a folder, or the rough one of English when none is named.
+
+    Raises:
+        UserError: there is none in the folder, or it is of another tokenizer.
+    """
     if name == ENGLISH or name is None:
         return generic_english(tokenizer)
     return load_table(Path(name), tokenizer)

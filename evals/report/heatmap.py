@@ -60,9 +60,9 @@ def segments(text: str, profile: Profile) -> list[Segment]:
 
     On average over the logarithms of their p-values or ranks (the geometric mean).
     """
-    if not profile.rows or not text:
+    if not len(profile.rows) or not text:
         return [Segment(text, 0, "")] if text else []
-    starts, ends = profile.column(0).astype(int), profile.column(1).astype(int)
+    starts, ends = profile.rows[:, :2].astype(int).T
     cuts = np.unique(np.concatenate([[0, len(text)], starts, ends]))
     cuts = cuts[cuts <= len(text)]
     tail = np.log(np.maximum(profile.tail(), 1e-12))
@@ -82,8 +82,8 @@ def segments(text: str, profile: Profile) -> list[Segment]:
 def _title(profile: Profile, first: int, last: int, value: float) -> str:
     if first >= last:
         return ""
-    scores = [profile.rows[place][4] for place in range(first, last)]
-    tokens = f"tokens {profile.rows[first][2]} to {profile.rows[last - 1][2]}"
+    scores = profile.rows[first:last, 4]
+    tokens = f"tokens {profile.rows[first, 2]:.0f} to {profile.rows[last - 1, 2]:.0f}"
     kind = "p" if profile.is_calibrated else "top share"
     return f"{profile.score} {np.nanmean(scores):.3f}, {kind} {value:.3g}, windows at {tokens}"
 

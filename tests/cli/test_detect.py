@@ -34,7 +34,7 @@ def test_one_json_object_per_text_in_the_order_of_the_texts(detect):
     assert [row["id"] for row in found] == list(range(12))
     for n, row in enumerate(found):
         scores = row["scores"]
-        assert list(scores) == ["loss", "ppl", "zlib", "mink", "minkpp", "gapk"]
+        assert list(scores) == ["loss", "ppl", "zlib", "mink", "minkpp", "gapk", "dcpdd"]
         assert scores["mink"] <= scores["loss"] < 0
         size = len(zlib.compress(f"Where was {n} born?".encode()))
         assert scores["zlib"] == pytest.approx(scores["loss"] / size, rel=1e-5)
@@ -54,6 +54,7 @@ def test_table_for_people_keeps_its_numbers_at_80_columns(detect, monkeypatch):
     row = next(line for line in outcome.out.splitlines() if "Bo" in line)
     assert len(row) <= 80
     assert len([word for word in row.split() if word.startswith("-")]) == 5
+    assert "rough" in outcome.err or "generic English" in outcome.err  # the table of dcpdd
     assert "Alone it decides nothing" in outcome.out
     assert "were" not in outcome.out  # no claim about the past of the model
 
@@ -71,8 +72,8 @@ def test_scores_shares_and_other_models_by_option_and_by_file(detect):
     assert list(found) == ["ref", "recall", "conrecall", "pac"]
     assert found["ref"] == 0.0  # the model itself
     every = rows(detect(*base, "--score", "all", *files))[0]["scores"]
-    assert {"lowercase", "pac", "recall", "ref"} <= set(every)
-    assert not {"dcpdd", "neighbour"} & set(every)  # nothing was given for them
+    assert {"lowercase", "pac", "recall", "ref", "dcpdd"} <= set(every)
+    assert "neighbour" not in every  # no column was named for it
 
 
 def test_neighbours_stand_in_a_column(detect):
@@ -112,6 +113,24 @@ def test_a_document_gives_windows_passages_and_a_map(detect):
     assert "passages that stand out" in outcome.out
     assert "Which passages stand out" in Path("map.html").read_text()
     assert "already exists" in detect("book.txt", *small, "--html", "map.html").err
+
+
+def test_windows_get_p_values_from_documents_never_seen(detect):
+    """Against windows of the same text no window stands out much; too few of them are refused."""
+    text = "Ada was born in Oslo. Bo paints small boats in the morning.\n\n"
+    for name, repeats in (("book", 20), ("others", 40), ("few", 2)):
+        Path(f"{name}.txt").write_text(text * repeats)
+    small = ("--model", "model", "--window", "16", "--stride", "8", "--context", "64", "--json")
+    *windows, end = rows(detect("book.txt", *small, "--nonmembers", "others.txt"))
+    assert end["basis"] == "p"
+    for one in windows:
+        assert set(one["p"]) == set(one["scores"]) - {"ppl"}
+        assert all(0 < value <= 1 for value in one["p"].values())
+    few = detect("book.txt", *small, "--nonmembers", "few.txt")
+    assert few.code in (2, 4)
+    assert "reference" in few.json["error"]["message"]
+    Path("rows.jsonl").write_text(json.dumps({"text": text}))
+    assert "detect decide" in detect("rows.jsonl", *small, "--nonmembers", "others.txt").err
 
 
 def test_nothing_to_score_has_a_code_of_its_own(detect):
@@ -203,8 +222,8 @@ def write_many(path: Path, count: int) -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_killed_in_the_middle_it_goes_on_to_the_same_bytes(number, detect):
     """Part of the rows are there, the file is not; afterwards it is that of an undisturbed run."""
-    write_many(Path("texts.jsonl"), 400)
-    words = ["texts.jsonl", "--model", "model", "--offline", "--batch-tokens", "64"]
+    write_many(Path("texts.jsonl"), 500)
+    words = ["texts.jsonl", "--model", "model", "--offline", "--batch-tokens", "256"]
     assert detect(*words, "--out", "whole.jsonl").code == 0
     command = [sys.executable, "-m", "unlearn.cli", "detect", *words, "--out", "out.jsonl"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, env=dict(os.environ))

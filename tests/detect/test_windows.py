@@ -177,8 +177,10 @@ def profile(values: list[float], p: list[float] | None = None) -> Profile:
     """Give windows of 10 characters every 5."""
     found = Profile("loss")
     found.add(
-        Window(5 * n, 10, 5 * n, 5 * n + 10, {"loss": value}, {"loss": p[n]} if p else {})
-        for n, value in enumerate(values)
+        [
+            Window(5 * n, 10, 5 * n, 5 * n + 10, {"loss": value}, {"loss": p[n]} if p else {})
+            for n, value in enumerate(values)
+        ]
     )
     return found
 

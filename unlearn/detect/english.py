@@ -108,6 +108,8 @@ def table_warnings(table: FrequencyTable, texts: Sequence[str], tokenizer: Any) 
     if table.about.generic:
         found.append(f"dcpdd uses word ranks of {NAME}, not counts of a corpus; {build}")
         share = english_share(texts)
+        if not texts:
+            return found
         if share < LEAST_ENGLISH:
             found.append(
                 f"the texts do not look like English prose ({100 * share:.0f} % common English "

@@ -1,6 +1,6 @@
 """From windows of a document to its passages: which parts stand out, and how far they reach."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -54,25 +54,36 @@ class Span:
 
 @dataclass
 class Profile:
-    """One score of all windows of a document, in order: five numbers per window are kept."""
+    """One score of all windows of a document, in order: six numbers per window are kept."""
 
     score: str
-    rows: list[tuple[int, int, int, int, float, float]] = field(default_factory=list)
+    parts: list[Float[ndarray, "window 6"]] = field(default_factory=list, repr=False)
 
-    def add(self, windows: Iterable[Window]) -> None:
+    def add(self, windows: Sequence[Window]) -> None:
         """Add the next windows."""
-        for one in windows:
-            value, p = _known(one.scores.get(self.score)), _known(one.p.get(self.score))
-            self.rows.append((one.start, one.end, one.start_token, one.num_tokens, value, p))
+        if windows:
+            self.parts.append(np.array([self._numbers(one) for one in windows], float))
 
-    def column(self, place: int) -> Float[ndarray, " window"]:
-        """Give start, end, first token, tokens, score or p-value (0 to 5) of every window."""
-        return np.array([row[place] for row in self.rows], float)
+    def _numbers(self, one: Window) -> tuple[int | float, ...]:
+        value, p = _known(one.scores.get(self.score)), _known(one.p.get(self.score))
+        return one.start, one.end, one.start_token, one.num_tokens, value, p
+
+    @property
+    def rows(self) -> Float[ndarray, "window 6"]:
+        """Give start, end, first token, number of tokens, score and p-value of every window."""
+        if len(self.parts) != 1:
+            self.parts = [np.concatenate([np.empty((0, 6)), *self.parts])]
+        return self.parts[0]
+
+    @property
+    def num_tokens(self) -> int:
+        """Count the tokens of the document that were scored."""
+        return int(self.rows[-1, 2] + self.rows[-1, 3]) if len(self.rows) else 0
 
     @property
     def is_calibrated(self) -> bool:
         """Say whether windows have p-values."""
-        return bool(self.rows) and not np.isnan(self.column(5)).all()
+        return not np.isnan(self.rows[:, 5]).all()
 
     @property
     def basis(self) -> Literal["p", "rank"]:
@@ -86,8 +97,8 @@ class Profile:
         parts of this document look most familiar, never that any of them was seen.
         """
         if self.is_calibrated:
-            return self.column(5)
-        scores = self.column(4)
+            return self.rows[:, 5]
+        scores = self.rows[:, 4]
         known = ~np.isnan(scores)
         found = np.full(scores.size, np.nan)
         if known.any():
@@ -102,7 +113,7 @@ class Profile:
         """Join windows that stand out where they touch or overlap; longest passage first."""
         found: list[list[int]] = []
         for place in np.flatnonzero(self.stands_out(rate)):
-            if found and self.rows[place][0] <= self.rows[found[-1][-1]][1]:
+            if found and self.rows[place, 0] <= self.rows[found[-1][-1], 1]:
                 found[-1].append(int(place))
             else:
                 found.append([int(place)])
@@ -110,12 +121,12 @@ class Profile:
         return sorted(spans, key=lambda span: (-span.num_tokens, span.start))[:most]
 
     def _span(self, places: list[int]) -> Span:
-        rows = [self.rows[place] for place in places]
+        rows = self.rows[places]
         first, last = rows[0], rows[-1]
-        p = [row[5] for row in rows if not np.isnan(row[5])]
-        tokens = last[2] + last[3] - first[2]
-        best = max(row[4] for row in rows)
-        return Span(first[0], last[1], first[2], tokens, len(rows), best, min(p, default=None))
+        start, end, token = int(first[0]), int(last[1]), int(first[2])
+        tokens = int(last[2] + last[3]) - token
+        p = float(np.nanmin(rows[:, 5])) if self.is_calibrated else None
+        return Span(start, end, token, tokens, len(rows), float(np.nanmax(rows[:, 4])), p)
 
 
 def _known(value: float | None) -> float:

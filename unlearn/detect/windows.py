@@ -9,6 +9,7 @@ lower scores: windows may only be compared with windows.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from unlearn.data import IGNORE, Example
+from unlearn.detect.conformal import p_values
 from unlearn.detect.engine import LOOK_AHEAD, TextScorer, number
 from unlearn.detect.settings import SINGLE_PASS
 from unlearn.detect.token_stream import Tokens, token_stream
@@ -291,13 +293,4 @@ class _Cutter:
 
 
 def _p_values(given: ArrayLike | PValues) -> PValues:
-    """Give p = (1 + number of references that score at least as high) / (references + 1)."""
-    if callable(given):
-        return given
-    ordered = np.sort(np.asarray(given, float))
-
-    def compute(scores: Float[ndarray, " window"]) -> Float[ndarray, " window"]:
-        at_least = ordered.size - np.searchsorted(ordered, scores, side="left")
-        return (1 + at_least) / (ordered.size + 1)
-
-    return compute
+    return given if callable(given) else partial(p_values, references=given)
