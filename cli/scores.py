@@ -112,6 +112,8 @@ class Printer:
             place = f"{span['start_char']:,} to {span['end_char']:,}"
             table.add_row(place, f"{span['n_tokens']:,}", _short(span["score"]), *p)
         console.print(table)
+        if "verdict" in row:
+            console.print(Text(row["verdict"]))
 
 
 def _short(value: float | None) -> str:

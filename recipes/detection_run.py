@@ -7,9 +7,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from unlearn.detect.output import Output, check_output, output
-from unlearn.detect.spans import Profile, primary_score
+from unlearn.detect.decisions import judge_file
+from unlearn.detect.engine import number
+from unlearn.detect.output import Output, output
+from unlearn.detect.spans import FPR, Profile, primary_score
 from unlearn.detect.text import ScoredText
+from unlearn.detect.verdict import of_file
 from unlearn.detect.windows import Window, score_windows
 from unlearn.recipes.detection import Emit, Prepared, identity
 
@@ -57,11 +60,6 @@ class Summary:
     def nothing(self) -> bool:
         """Say whether no text had a score."""
         return not self.statuses.get("ok") and not self.statuses.get("short")
-
-
-def check_out(prepared_key: Mapping[str, Any], out: Path | None) -> int:
-    """Say how many rows an earlier try left; refuse a file that is there."""
-    return check_output(out, prepared_key) if out else 0
 
 
 def detect(
@@ -143,7 +141,7 @@ def _documents(
             document.profile.add(some)
             yield [({"id": id_} | one.as_json(), "") for one in some]
         if not finished:
-            yield [(_closing(document), "")]
+            yield [(_closing(document) | _judged(document, prepared), "")]
         if keep:
             summary.documents.append(document)
 
@@ -175,6 +173,24 @@ def _closing(document: Document) -> dict[str, Any]:
         "judged_by": profile.score,
         "basis": profile.basis,
         "spans": [span.as_json() for span in profile.spans()],
+    }
+
+
+def _judged(document: Document, prepared: Prepared) -> dict[str, Any]:
+    """Say what the windows say together, where there are references: p-value and words.
+
+    Only windows that do not overlap are compared, with references that do not either.
+    """
+    score, strides = document.profile.score, prepared.strides
+    if score not in prepared.references:
+        return {}
+    apart = -(-strides.window // strides.stride)
+    windows = document.profile.rows[::apart, 4]
+    found = judge_file(windows, prepared.references[score][::apart])
+    return {
+        "p": number(found.p),
+        "median_p": number(found.median_p),
+        "verdict": of_file(found, fpr=FPR),
     }
 
 

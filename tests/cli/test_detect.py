@@ -123,6 +123,8 @@ def test_windows_get_p_values_from_documents_never_seen(detect):
     small = ("--model", "model", "--window", "16", "--stride", "8", "--context", "64", "--json")
     *windows, end = rows(detect("book.txt", *small, "--nonmembers", "others.txt"))
     assert end["basis"] == "p"
+    assert 0 < end["p"] <= 1
+    assert "as a whole" in end["verdict"]
     for one in windows:
         assert set(one["p"]) == set(one["scores"]) - {"ppl"}
         assert all(0 < value <= 1 for value in one["p"].values())

@@ -8,6 +8,7 @@ lowest; sources that take ``int(k n)`` alone give NaN for short texts.
 import zlib as deflate
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Bool, Float
@@ -38,7 +39,7 @@ class TokenFrequencies:
     probabilities: Float[Tensor, " vocab"]
     known: Bool[Tensor, " vocab"]
 
-    @property
+    @cached_property
     def information(self) -> Float[Tensor, " vocab"]:
         """Give -log of the probabilities, in nats: much for a rare token."""
         return -self.probabilities.double().log()
