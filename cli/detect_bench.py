@@ -178,7 +178,7 @@ def _read(
 
 def _progress(emit: Any, size: int) -> Any:
     def tell(done: int) -> None:
-        emit({"event": "scores", "done": done, "of": size})
+        emit({"event": "progress", "what": "texts", "done": done, "total": size})
 
     return tell
 

@@ -33,12 +33,14 @@ Fpr = Annotated[
 
 
 def decide(
-    file: Annotated[str, typer.Argument(metavar="FILE", help="Texts to be judged.")],
+    source: Annotated[
+        str, typer.Argument(metavar="SOURCE", help="File of texts, or SOURCE#CONFIG:SPLIT.")
+    ],
     model: Model,
     nonmembers: Annotated[
         str | None,
         typer.Option(
-            metavar="FILE",
+            metavar="SOURCE",
             help="Texts of the same kind that were surely never seen; 200 or more.",
             rich_help_panel=TEXTS,
         ),
@@ -46,7 +48,7 @@ def decide(
     members: Annotated[
         str | None,
         typer.Option(
-            metavar="FILE",
+            metavar="SOURCE",
             help="Texts that surely were seen: tells how many of such are found.",
             rich_help_panel=TEXTS,
         ),
@@ -130,8 +132,9 @@ def decide(
             "a score alone decides nothing",
             "give --nonmembers FILE, or --calibration FILE from `unlearn detect calibrate`",
         )
-    texts, others = _texts(file, text_field), _texts(nonmembers, text_field)
-    known = _texts(members, text_field)
+    texts, others, known = (
+        _texts(place, text_field, offline) for place in (source, nonmembers, members)
+    )
     fitted = _fitted(calibration)
     settings, extras = _settings(
         [fitted.score] if fitted else scores, freq, max_tokens, batch_tokens, seed, fitted
@@ -158,7 +161,7 @@ def decide(
             judged = with_members(judged, known) if known else judged
             found = {"items": judged.rows(), **judged.summary()}
     found["notes"] = notes
-    found |= {"schema": "detect-decide/1", "file": file, "model": model}
+    found |= {"schema": "detect-decide/1", "source": source, "model": model}
     say(found, json=json, people=_print_decisions)
     if fail_on_member and any(item["decision"] == "member" for item in found["items"]):
         raise typer.Exit(FOUND_MEMBERS)
@@ -235,10 +238,14 @@ def calibrate(
     say(told | {"out": str(out)}, json=json, people=_print_threshold)
 
 
-def _texts(file: str | None, text_field: str | None) -> list[Any]:
-    from unlearn.detect.inputs import Inputs
+def _texts(place: str | None, text_field: str | None, offline: bool) -> list[Any]:
+    from unlearn.detect.text import Text
+    from unlearn.evals.detection.labelled import read_texts
 
-    return [] if file is None else list(Inputs(file, "rows", text_field=text_field).texts())
+    if place is None:
+        return []
+    found = read_texts(place, text_field=text_field, offline=offline)
+    return [Text(number, text) for number, text in enumerate(found)]
 
 
 def _settings(

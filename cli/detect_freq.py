@@ -62,9 +62,10 @@ def build(
 
     check_new_folder(out)
     source = ModelSource(tokenizer, offline=offline)
+    loaded = load_tokenizer(source)
     table = build_table(
         corpus_texts(corpus, text_field=text_field, mode=mode, offline=offline),  # type: ignore[arg-type]
-        load_tokenizer(source),
+        loaded,
         corpus=Corpus(corpus, language, domain),
         vocabulary=_vocabulary(source),
         max_tokens=max_tokens or None,
@@ -72,7 +73,7 @@ def build(
         progress=_Counter(quiet=json),
     )
     table.save(out)
-    say(_described(table, None) | {"table": str(out)}, json=json, people=_show_table)
+    say(_described(table, loaded) | {"table": str(out)}, json=json, people=_show_table)
 
 
 @app.command(epilog="Example: [bold]unlearn detect freq show tables/target[/bold]")

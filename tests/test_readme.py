@@ -229,6 +229,12 @@ def test_python_and_yaml_for_detection_work(capsys: pytest.CaptureFixture[str]) 
     assert first_cells(table) == list(SCORES)
 
 
+def test_python_for_decisions_runs() -> None:
+    names: dict[str, Any] = {}
+    exec(blocks("python", (ROOT / "docs" / "calibration.md").read_text(encoding="utf-8"))[0], names)
+    assert 0 < names["found"].rows()[0]["p"]["loss"] <= 1
+
+
 OPTIONAL = {"adapter/", "selection.json"}
 """What only some runs have."""
 

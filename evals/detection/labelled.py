@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from unlearn.data.sources import load_any_rows
-from unlearn.detect.inputs import FIELDS
+from unlearn.detect.inputs import FIELDS, Inputs
 from unlearn.detect.readers import kind_of, opened, rows
 from unlearn.errors import UserError, did_you_mean, unknown
 
@@ -79,13 +79,27 @@ def read_sides(
     Raises:
         UserError: as :func:`read_labelled`.
     """
-    columns = Columns(text_field)
     found = [
-        LabelledText(_text(row, columns, f"row {number} of '{source}'"), member)
+        LabelledText(text, member)
         for source, member in ((members, True), (nonmembers, False))
-        for number, row in enumerate(load_any_rows(source, offline=offline), start=1)
+        for text in read_texts(source, text_field=text_field, offline=offline)
     ]
     return check_sides(found, f"{members}, {nonmembers}")
+
+
+def read_texts(source: str, *, text_field: str | None = None, offline: bool = False) -> list[str]:
+    """Read the texts of one source: a file of rows, or ``SOURCE[#CONFIG][:SPLIT]``.
+
+    Raises:
+        UserError: the source cannot be read, or a row has no text.
+    """
+    columns = Columns(text_field)
+    if Path(source).expanduser().is_file():
+        return [text.text for text in Inputs(source, "rows", text_field=text_field).texts()]
+    return [
+        _text(row, columns, f"row {number} of '{source}'")
+        for number, row in enumerate(load_any_rows(source, offline=offline), start=1)
+    ]
 
 
 def check_sides(found: Sequence[LabelledText], data: str) -> list[LabelledText]:

@@ -60,12 +60,13 @@ def test_decisions_and_their_exit_codes(unlearn: Any, texts: tuple[str, str]) ->
     call = ("detect", "decide", suspects, "--model", "model", "--nonmembers", others)
     outcome = unlearn(*call, "--json", "--dataset-test", "--primary", "loss")
     assert outcome.code == 4  # three suspects are too few for a test of the set
-    outcome = unlearn(*call, "--json", "--primary", "loss")
+    outcome = unlearn(*call, "--json", "--primary", "loss", "--members", others)
     assert outcome.code == 0, outcome.err
     first = outcome.json["items"][0]
     assert set(first) >= {"id", "n_tokens", "scores", "p", "q", "references", "decision", "words"}
     assert outcome.json["primary"] == "loss"
     assert outcome.json["limits"]
+    assert outcome.json["known_members"]["n"] == 10  # the others have too few of their length
     refused = unlearn(*call, "--fpr", "0.01")
     assert refused.code == 4
     assert "need at least 99 reference texts" in refused.err

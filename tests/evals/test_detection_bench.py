@@ -1,6 +1,7 @@
 """Benchmarks and audits: figures by hand, groups, flags, files."""
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -207,3 +208,28 @@ def test_members_are_told_from_unseen_texts_and_not_by_a_model_that_saw_neither(
         unseen = found["retain90"]["metrics"][score]["auc"]
         assert unseen["low"] <= 0.5 <= unseen["high"]
     assert found["target"]["checks"]["shifted"]
+
+
+def test_stories_that_were_never_seen_look_like_members_and_the_warning_says_why(
+    shared: Path,
+) -> None:
+    """A model of little stories, on stories put together here and on answers of TOFU: every AUC is
+    1 or near it though nothing was seen, and words alone do as well."""
+    import runpy
+
+    from unlearn.evals.detection.scorer import Extras, load_scorer
+    from unlearn.models import ModelSource
+
+    script = Path(__file__).parents[2] / "scripts" / "story_texts.py"
+    story, chance = runpy.run_path(str(script))["story"], random.Random(0)
+    lines = (shared / "data" / "tofu" / "full.json").read_text().splitlines()[:60]
+    texts = [LabelledText(story(chance), True) for _ in range(60)]
+    texts += [LabelledText(json.loads(line)["answer"], False) for line in lines]
+    source = ModelSource(str(shared / "models" / "stories260k"))
+    settings = Extras().with_scores(Settings(), ("loss", "mink", "minkpp"))
+    scorer, _ = load_scorer(source, settings, Extras())
+    found = measure(score_labelled(texts, scorer))
+    assert all(one["auc"]["value"] > 0.99 for one in found["metrics"].values())
+    assert found["checks"]["shifted"]
+    assert found["checks"]["blind_auc"] > 0.99
+    assert "told apart without the model" in found["checks"]["warnings"][0]

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ class References:
     scorer: TextScorer
     encoded: list[Encoded]
     groups: list[tuple[list[int], Scores]]
+    ends: dict[str, list[int] | None] = field(default_factory=dict, repr=False)
     known: dict[int | None, dict[str, ndarray]] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -79,10 +81,24 @@ class References:
 
     def _text(self, one: Encoded, tokens: int | None) -> str:
         """Give the characters of the first tokens, which only zlib looks at."""
-        front = len(self.scorer.side.tokenizer.front)
+        tokenizer = self.scorer.side.tokenizer
+        front = len(tokenizer.front)
         if tokens is None or tokens + 1 >= len(one.ids) or "zlib" not in self.columns:
             return one.text
-        return self.scorer.side.tokenizer.start_of(one.text, one.ids[front : tokens + 1])
+        if one.text not in self.ends:
+            self.ends[one.text] = _ends(tokenizer.tokenizer, one.text)
+        ends = self.ends[one.text]
+        if ends is None:
+            return tokenizer.start_of(one.text, one.ids[front : tokens + 1])
+        return one.text[: ends[tokens - front]]
+
+
+def _ends(tokenizer: Any, text: str) -> list[int] | None:
+    """Give where each token of a text ends, in characters; None if the tokenizer cannot say."""
+    if not getattr(tokenizer, "is_fast", False):
+        return None
+    found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    return [end for _, end in found["offset_mapping"]]
 
 
 def _cut(scores: Scores, rows: torch.Tensor, tokens: int | None) -> Scores:
