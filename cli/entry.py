@@ -158,7 +158,7 @@ def explain(error: BaseException) -> Explained:
     resume = f"`unlearn resume {shlex.quote(str(folder))}`" if begun else "the same command"
     text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     if isinstance(error, UserError):
-        return Explained(MISTAKE, error.message, error.hint)
+        return Explained(error.exit_code, error.message, error.hint)
     if isinstance(error, Interrupted | Halt | KeyboardInterrupt):
         how = f"{resume} continues it" if begun else f"nothing was written; {resume} starts again"
         how = getattr(error, "hint", "") or how
@@ -222,7 +222,7 @@ def _report(error: BaseException, *, json: bool, debug: bool) -> int:
         return left
     if launch.rank() > 0 and found.code != FAILED:  # rank 0 says the same
         return found.code
-    word = WORDS[found.code]
+    word = WORDS.get(found.code, WORDS[MISTAKE])
     rank = f"rank {launch.rank()} on {socket.gethostname()}: " if launch.rank() else ""
     print(f"{word}: {rank}{found.message}", file=sys.stderr)
     if found.hint:

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from unlearn.cli import data, doctor, evals, jobs, recipes, report, select, sweep
+from unlearn.cli import data, detect, doctor, evals, jobs, recipes, report, select, sweep
 from unlearn.cli.entry import Json, Offline, go_offline, guarded, naming, say
 from unlearn.cli.options import HOW, Forget, Lora, Map, Method, Model, Out, Preset, Retain, Set
 from unlearn.cli.progress import Emit, listening
@@ -37,6 +37,7 @@ data.app.command(epilog=select.EPILOG)(select.select)
 app.add_typer(data.app, name="data", rich_help_panel=BEFORE)
 app.add_typer(recipes.app, name="recipes", rich_help_panel=BEFORE)
 app.add_typer(evals.app, name="eval", rich_help_panel=AFTER)
+app.add_typer(detect.app, name="detect", rich_help_panel=AFTER)
 
 
 @app.callback(invoke_without_command=True)

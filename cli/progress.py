@@ -12,6 +12,9 @@ BLOCKS = "▁▂▃▄▅▆▇█"
 STAGES = {
     "start": "reading the recipe and the data",
     "load": "loading the model",
+    "texts": "looking at the texts",
+    "references": "scoring texts that are no members",
+    "score": "scoring",
     "benchmark": "measuring",
     "cell": "run",
     "select": "choosing forget rows:",
@@ -156,7 +159,8 @@ class PlainLines:
         if kind not in ("step", "progress") or not self._due(event):
             return ""
         if kind == "progress":
-            return f"  {event['what']} {event['done']}/{event['total']}"
+            of = f" {event['done']}/{event['total']}" if event["total"] else ""
+            return f"  {event['what']}{of}"
         self.first = self.first or event
         numbers = ", ".join(f"{key} {value:.3f}" for key, value in readings(event).items())
         left = clock(remaining(event, self.first))

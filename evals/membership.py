@@ -17,16 +17,17 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from numpy.typing import ArrayLike
-from scipy.stats import rankdata
 from torch import Tensor
 
 from unlearn import detect
+from unlearn.detect.roc import auc
 from unlearn.evals.metrics import without_last
 from unlearn.scores import Scorer, Scores
 
+__all__ = ["ATTACKS", "auc", "gradnorm", "privleak", "reference", "s_mia"]
+
 K = 0.4
 """Share of the tokens that Min-K% looks at on TOFU and MUSE."""
-SMALLEST_VARIANCE = 1e-6
 EPSILON = 1e-10
 
 
@@ -62,13 +63,10 @@ def min_k_plus_plus(
     """Give Min-K% of log-probabilities standardised by the vocabulary's, without a unit.
 
     z = (log p - mean) / sqrt(variance), both over a token drawn from the model itself, the variance
-    at least 1e-6 (Zhang et al. 2024, arXiv:2404.02936). Needs ``mean`` and ``variance``.
+    at least 1e-6; the last label (EOS) is left out (Zhang et al. 2024, arXiv:2404.02936). Needs
+    ``mean`` and ``variance``.
     """
-    assert scores.mean is not None
-    assert scores.variance is not None
-    spread = scores.variance.clamp_min(SMALLEST_VARIANCE).sqrt()
-    z = (scores.log_probs - scores.mean) / spread
-    return min_k(replace(scores, log_probs=z), texts, k=k)
+    return -detect.min_k_plus_plus(_without_end(scores), texts, k=k)
 
 
 ATTACKS: dict[str, Callable[..., Tensor]] = {
@@ -117,16 +115,6 @@ def gradnorm(
         for module, training in modes.items():
             module.training = training
     return found
-
-
-def auc(forget: ArrayLike, holdout: ArrayLike) -> float:
-    """Give the probability that a holdout row scores higher than a forget row; ties count half.
-
-    The area under the ROC curve, in [0, 1], from ranks: the same for every increasing transform.
-    """
-    low, high = np.asarray(forget, float), np.asarray(holdout, float)
-    ranks = rankdata(np.concatenate([low, high]))[low.size :]
-    return float((ranks.sum() - high.size * (high.size + 1) / 2) / (low.size * high.size))
 
 
 def privleak(auc: float, auc_retain: float = 0.5) -> float:

@@ -5,7 +5,6 @@ intervals over rows: they say how much the figure would move with other question
 not with another training seed.
 """
 
-import functools
 import math
 import warnings
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.stats import hmean, ks_2samp
 
+from unlearn.detect.roc import auc_draws, interval, resampled
 from unlearn.errors import UserError
 from unlearn.evals.benchmark import Metric
 
@@ -23,8 +23,6 @@ TruthRatio = Literal["geometric", "arithmetic", "prob_mean"]
 Array = NDArray[np.float64]
 Interval = tuple[float, float]
 
-RESAMPLES = 1000
-LEVELS = (2.5, 97.5)
 EPSILON = 1e-10
 """What open-unlearning adds to denominators."""
 
@@ -173,8 +171,8 @@ def model_utility(parts: Sequence[float]) -> float:
 
 def mean_with_interval(metric: Metric, values: Sequence[float], *, seed: int = 0) -> Metric:
     """Give a mean over rows its interval."""
-    draws = _counts(len(values), seed, 0) @ np.asarray(values, float) / len(values)
-    return with_interval(metric, _interval(draws))
+    draws = resampled(len(values), seed, 0) @ np.asarray(values, float) / len(values)
+    return with_interval(metric, interval(draws))
 
 
 def with_interval(metric: Metric, interval: Interval) -> Metric:
@@ -190,32 +188,17 @@ def utility_interval(blocks: Sequence[Sequence[Sequence[float]]], *, seed: int =
     parts = []
     for stream, block in enumerate(blocks):
         rows = np.asarray(block, float)
-        parts.append(_counts(len(rows), seed, stream) @ rows / len(rows))
+        parts.append(resampled(len(rows), seed, stream) @ rows / len(rows))
     means = np.concatenate(parts, axis=1)
     with np.errstate(divide="ignore"):
-        return _interval(means.shape[1] / (1.0 / means).sum(1))
+        return interval(means.shape[1] / (1.0 / means).sum(1))
 
 
 def auc_interval(forget: ArrayLike, holdout: ArrayLike, *, seed: int = 0) -> Interval:
-    """Bound an AUC: rows of both sets are resampled independently."""
-    low, high = np.asarray(forget, float), np.asarray(holdout, float)
-    wins = (high > low[:, None]) + 0.5 * (high == low[:, None])
-    draws = (_counts(low.size, seed, 0) @ wins * _counts(high.size, seed, 1)).sum(1)
-    return _interval(draws / wins.size)
-
-
-def _interval(draws: Array) -> Interval:
-    if np.isnan(draws).any():
+    """Bound an AUC: rows of both sets are resampled independently; NaN when a score is."""
+    if np.isnan(forget).any() or np.isnan(holdout).any():
         return math.nan, math.nan
-    low, high = np.percentile(draws, LEVELS)
-    return float(low), float(high)
-
-
-@functools.lru_cache(16)
-def _counts(rows: int, seed: int, stream: int) -> Array:
-    """Say how often each row is drawn, [resamples, rows]; every row of it sums to ``rows``."""
-    generator = np.random.default_rng([seed, stream, rows])
-    return generator.multinomial(rows, np.full(rows, 1 / rows), RESAMPLES).astype(float)
+    return interval(auc_draws(members=holdout, nonmembers=forget, seed=seed))
 
 
 def harmonic(parts: Mapping[str, float | None]) -> float | None:

@@ -8,6 +8,7 @@ from typing import Any
 from unlearn.data import Template
 from unlearn.errors import UserError
 from unlearn.evals.benchmark import Benchmark, Progress, Result
+from unlearn.evals.detection.familiarity import Familiarity
 from unlearn.evals.forget_retain import ForgetRetain, Split
 from unlearn.evals.retain_kl import RetainKl
 from unlearn.evals.statistics import RetainSide
@@ -79,7 +80,11 @@ def find_measures(
         UserError: a dataset, a task or a log is missing or wrong.
     """
     evals = recipe.evals
-    more = (*_distance(recipe, splits, load_start), *_harness(evals.lm_eval, offline))
+    more = (
+        *_distance(recipe, splits, load_start),
+        *_harness(evals.lm_eval, offline),
+        *_familiarity(recipe, offline),
+    )
     if evals.tofu is None:
         return Measures((_plain(recipe, splits), *more))
     tofu = Tofu.load(_tofu_options(recipe), offline=offline)
@@ -94,6 +99,21 @@ def _distance(
     if not evals.retain_kl:
         return ()
     return (RetainKl(splits["retain"], load_start, evals.max_rows, evals.batch_tokens),)
+
+
+def _familiarity(recipe: Recipe, offline: bool) -> tuple[Benchmark, ...]:
+    section, forget = recipe.evals.familiarity, recipe.data.forget
+    if section is None or forget is None:
+        return ()
+    found = Familiarity.load(
+        forget,
+        section.holdout,
+        text_field=section.text_field,
+        max_rows=recipe.evals.max_rows,
+        offline=offline,
+        seed=recipe.seed,
+    )
+    return (found,)
 
 
 def _plain(recipe: Recipe, splits: Mapping[str, Split]) -> ForgetRetain:

@@ -151,6 +151,9 @@ def _absolute_evals(evals: EvalsSection) -> EvalsSection:
         paths = {name: _absolute(getattr(tofu, name)) for name in ("data", "retain_logs")}
         holdout = _absolute_spec(tofu.holdout)
         changes["tofu"] = tofu.model_copy(update=paths | {"holdout": holdout})
+    if familiarity := evals.familiarity:
+        holdout = _absolute_spec(familiarity.holdout)
+        changes["familiarity"] = familiarity.model_copy(update={"holdout": holdout})
     if tasks := evals.lm_eval:
         changes["lm_eval"] = tasks.model_copy(update={"data": _absolute(tasks.data)})
     return evals.model_copy(update=changes)

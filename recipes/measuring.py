@@ -40,6 +40,15 @@ class HarnessSection(Section):
     """First questions of every task; null asks all."""
 
 
+class FamiliaritySection(Section):
+    """Membership scores of the forget texts against texts never seen, before and after."""
+
+    holdout: str = Field(min_length=1)
+    """Texts of the same kind as the forget set that no model saw: a source."""
+    text_field: str | None = Field(default=None, min_length=1)
+    """Column with the text; null takes text, answer, completion, input, snippet or content."""
+
+
 class SelectSection(Section):
     """Which of the measured steps becomes the model."""
 
@@ -58,6 +67,8 @@ class EvalsSection(Section):
     """Measure the TOFU benchmark; `{}` takes the defaults."""
     lm_eval: HarnessSection | None = None
     """Also measure tasks of lm-evaluation-harness."""
+    familiarity: FamiliaritySection | None = None
+    """Also measure how familiar the forget texts are beside texts never seen."""
     select_best: SelectSection | None = None
     """Keep the best of the measured steps instead of the last; needs `every`."""
     max_rows: int = Field(default=400, ge=1)

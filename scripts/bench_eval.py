@@ -290,7 +290,8 @@ def _plain_scores(job: Job, rows: Sequence[Example], want: Sequence[str]) -> Sco
         if "correct" in want:
             found["correct"] = (logits.argmax(-1) == labels)[mask]
         if "statistics" in want:
-            found["mean"], found["variance"] = vocabulary_statistics(logits[mask])
+            statistics = vocabulary_statistics(logits[mask])
+            found |= {"mean": statistics.mean, "variance": statistics.variance}
         parts.append((mask.sum(-1), found))
     lengths = torch.cat([counts for counts, _ in parts]).cpu()
     mask = torch.arange(int(lengths.max())) < lengths[:, None]

@@ -109,6 +109,7 @@ def test_the_wheel_holds_every_module_and_every_file_it_reads(wheel: Path) -> No
             ("jobs", ["*.j2"]),
             ("data/demo", ["*.*"]),
             ("data", ["refusals.txt"]),
+            ("detect", ["*.txt"]),
         )
         for kind in kinds
         for path in (ROOT / "unlearn" / folder).rglob(kind)
@@ -175,7 +176,7 @@ import sys
 from unlearn.data.people import demo_folder
 from unlearn.detect.run import score_texts
 print(demo_folder())
-print(score_texts(str(demo_folder() / "target"), ["Where was he born?"])[0]["loss"])
+print(score_texts(str(demo_folder() / "target"), ["Where was he born?"])[0]["scores"]["loss"])
 """
     folder, number = outside(installed, sys.executable, "-c", code, cwd=tmp_path).split()
     assert folder == str(installed / "unlearn" / "data" / "demo")
@@ -199,7 +200,15 @@ print(json.dumps(sorted({name.split(".")[0] for name in sys.modules})))
 
 @pytest.mark.parametrize(
     "arguments",
-    [("--help",), ("--version",), ("run", "--help"), ("recipes", "list"), ("data", "--help")],
+    [
+        ("--help",),
+        ("--version",),
+        ("run", "--help"),
+        ("recipes", "list"),
+        ("data", "--help"),
+        ("detect", "--help"),
+        ("detect", "score", "--help"),
+    ],
     ids=" ".join,
 )
 def test_what_needs_no_model_loads_no_library(arguments: tuple[str, ...]) -> None:

@@ -15,10 +15,12 @@ from pydantic import PositiveFloat
 from unlearn.cli import detect, entry, main
 from unlearn.cli.data import columns_of
 from unlearn.data.people import demo_folder
+from unlearn.detect.settings import SCORES
 from unlearn.evals.forget_retain import MEASURES
 from unlearn.evals.report.table import MEASURES as TOFU_MEASURES
 from unlearn.objectives import OBJECTIVES, Objective, batch_loss, token
 from unlearn.recipes import files
+from unlearn.recipes.detection import load_detection
 from unlearn.recipes.mistakes import find_mistakes
 from unlearn.recipes.overrides import ALIASES, locate
 from unlearn.recipes.schema import Recipe
@@ -65,6 +67,8 @@ def parse(words: list[str]) -> tuple[str, dict[str, Any]]:
     name, *rest = words
     command: Any = typer.main.get_command(PROGRAMS[name])
     while hasattr(command, "commands"):
+        if rest[0] not in command.commands and isinstance(command, detect.ScoreByDefault):
+            rest.insert(0, "score")
         name, word = f"{name} {rest[0]}", rest.pop(0)
         command = command.commands[word]
     return name, command.make_context(name, rest).params
@@ -215,6 +219,22 @@ def test_python_for_a_part_of_the_forget_set_runs() -> None:
     names: dict[str, Any] = {}
     exec(blocks("python", (ROOT / "docs" / "selection.md").read_text(encoding="utf-8"))[0], names)
     assert len(names["rows"]) == 20
+
+
+def test_python_and_yaml_for_detection_work(capsys: pytest.CaptureFixture[str]) -> None:
+    text = (ROOT / "docs" / "detection.md").read_text(encoding="utf-8")
+    exec(blocks("python", text)[0], {})
+    assert "'minkpp_0.4': -" in capsys.readouterr().out
+    keys = parse_yaml(blocks("yaml", text)[0])
+    assert load_detection(None, keys).scores == ("loss", "mink", "minkpp")
+    table = text.split("## The scores")[1].split("\n\n(")[0].split("| name |")[1]
+    assert first_cells(table) == list(SCORES)
+
+
+def test_python_for_decisions_runs() -> None:
+    names: dict[str, Any] = {}
+    exec(blocks("python", (ROOT / "docs" / "calibration.md").read_text(encoding="utf-8"))[0], names)
+    assert 0 < names["found"].rows()[0]["p"]["loss"] <= 1
 
 
 OPTIONAL = {"adapter/", "selection.json"}

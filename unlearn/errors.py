@@ -7,8 +7,10 @@ from collections.abc import Iterable
 class UserError(Exception):
     """A mistake in the input: what was given and what is allowed, plus what to do about it.
 
-    The command line prints it as one line without a traceback and exits with 2.
+    The command line prints it as one line without a traceback and exits with ``exit_code``.
     """
+
+    exit_code = 2
 
     def __init__(self, message: str, hint: str = "") -> None:
         super().__init__(message)

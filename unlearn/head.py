@@ -33,13 +33,15 @@ class TokenReadings:
     """Log-probabilities (nats) at some positions and, if asked for, more about each of them.
 
     ``correct``: the label is the likeliest token. ``mean`` and ``variance``: of the log-probability
-    of a token drawn from the model's own distribution (minus its entropy, and its spread).
+    of a token drawn from the model's own distribution (minus its entropy, and its spread). ``top``:
+    the log-probability of the likeliest token.
     """
 
     log_probs: Float[Tensor, " position"]
     correct: Bool[Tensor, " position"] | None = None
     mean: Float[Tensor, " position"] | None = None
     variance: Float[Tensor, " position"] | None = None
+    top: Float[Tensor, " position"] | None = None
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ class VocabularyHead:
     ) -> TokenReadings:
         """Read one target token per position, chunk by chunk.
 
-        ``want`` may name ``correct`` and ``statistics`` (mean and variance; without gradient).
+        ``want`` may name ``correct`` and ``statistics`` (mean, variance, top; without gradient).
         """
         rows = max(1, self.chunk_bytes // (4 * self.vocabulary))
         chunks = list(zip(hidden.split(rows), targets.split(rows), strict=True))
@@ -123,32 +125,50 @@ class VocabularyHead:
 
 def read_logits(logits: Tensor, targets: Tensor, want: Collection[str]) -> dict[str, Tensor]:
     """Read one target per row of logits; see :meth:`VocabularyHead.read`."""
-    log_probs = logits.log_softmax(-1)
-    found = {"log_probs": log_probs.gather(-1, targets[:, None])[:, 0]}
+    found = {}
+    if "statistics" not in want:
+        found["log_probs"] = logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0]
+    elif logits.requires_grad:
+        found["log_probs"] = logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0]
+        found |= vars(vocabulary_statistics(logits.detach()))
+    else:
+        statistics = vocabulary_statistics(logits)
+        shifted = logits.gather(-1, targets[:, None])[:, 0] - logits.amax(-1)
+        found = {"log_probs": shifted + statistics.top} | vars(statistics)
     if "correct" in want:
         found["correct"] = logits.argmax(-1) == targets
-    if "statistics" in want:
-        found["mean"], found["variance"] = _statistics(log_probs.detach())
     return found
 
 
-def vocabulary_statistics(
-    logits: Float[Tensor, "*positions vocab"],
-) -> tuple[Float[Tensor, "*positions"], Float[Tensor, "*positions"]]:
-    """Give mean and variance, under the model's own distribution, of a token's log-probability.
+@dataclass(frozen=True)
+class VocabularyStatistics:
+    """What is known of a token's log-probability (nats) before the token is.
 
-    ``mean = sum_v p_v log p_v`` (nats), ``variance = sum_v p_v (log p_v - mean)^2`` (nats squared);
-    tokens of probability 0 count nothing.
+    ``mean = sum_v p_v log p_v``, ``variance = sum_v p_v (log p_v - mean)^2`` (nats squared) and
+    ``top = max_v log p_v``; tokens of probability 0 count nothing.
     """
-    return _statistics(logits.log_softmax(-1))
+
+    mean: Float[Tensor, "*positions"]
+    variance: Float[Tensor, "*positions"]
+    top: Float[Tensor, "*positions"]
 
 
-def _statistics(log_probs: Tensor) -> tuple[Tensor, Tensor]:
-    probs = log_probs.exp()
-    log_probs = log_probs.clamp_min(LEAST_LOG_PROB)
-    mean = (probs * log_probs).sum(-1)
-    variance = log_probs.sub_(mean[..., None]).square_().mul_(probs).sum(-1)
-    return mean, variance
+def vocabulary_statistics(logits: Float[Tensor, "*positions vocab"]) -> VocabularyStatistics:
+    """Give mean, variance and maximum of the log-probability under the model's own distribution.
+
+    With logits shifted by their maximum, z, and w = exp(z): log p = z - log sum w, so no
+    log-softmax is laid out, and sums over the vocabulary stay exact to single precision
+    (``log_softmax`` on a CPU is off by 2e-5 at 128,000 tokens).
+    """
+    shifted = logits - logits.amax(-1, keepdim=True)
+    weights = shifted.exp()
+    total = weights.sum(-1)
+    shifted.clamp_min_(LEAST_LOG_PROB)  # a masked token: 0 times minus infinity is to be 0
+    mean = torch.linalg.vecdot(weights, shifted) / total
+    spread = shifted.sub_(mean[..., None]).square_()
+    variance = torch.linalg.vecdot(weights, spread) / total
+    norm = total.log()
+    return VocabularyStatistics(mean - norm, variance, -norm)
 
 
 def plain(model: Any) -> Any:

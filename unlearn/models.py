@@ -353,6 +353,12 @@ def weights_hash(model: Any) -> str:
         return hashlib.sha256(b"".join(pool.map(one, tensors))).hexdigest()
 
 
+def tokenizer_sha256(tokenizer: Any) -> str:
+    """Identify a tokenizer: a hash of which token has which number."""
+    words = sorted(tokenizer.get_vocab().items())
+    return hashlib.sha256(json.dumps(words).encode()).hexdigest()
+
+
 def _has_bitsandbytes() -> bool:
     return find_spec("bitsandbytes") is not None
 

@@ -46,7 +46,8 @@ class Scores:
     there only when asked for: ``logits``, or ``labelled`` (the logits at labelled positions alone,
     row by row; :attr:`distributions` gives them from either); ``correct`` (the label is the
     likeliest token); ``mean`` and ``variance`` of the log-probability of a token drawn from the
-    model itself (``statistics``, without gradient, 0 where not labelled).
+    model itself, and ``top``, that of the likeliest token (``statistics``, without gradient, 0
+    where not labelled).
 
     What the rows themselves say travels along: ``next_tokens[i, t]`` is token t+1 (-100 where there
     is none, or where only labels were given and it is not labelled), and ``important`` marks
@@ -60,6 +61,7 @@ class Scores:
     correct: Bool[Tensor, "batch seq"] | None = None
     mean: Float[Tensor, "batch seq"] | None = None
     variance: Float[Tensor, "batch seq"] | None = None
+    top: Float[Tensor, "batch seq"] | None = None
     labelled: Float[Tensor, "label vocab"] | None = None
     next_tokens: Int[Tensor, "batch seq"] | None = None
     important: Bool[Tensor, "batch seq"] | None = None
@@ -84,12 +86,8 @@ class Scores:
         scores = cls(log_probs, mask, attended, logits, hits, next_tokens=_shifted(labels))
         if not statistics:
             return scores
-        mean, variance = vocabulary_statistics(logits.detach())
-        return replace(
-            scores,
-            mean=mean.masked_fill(~mask, 0.0),
-            variance=variance.masked_fill(~mask, 0.0),
-        )
+        found = vars(vocabulary_statistics(logits.detach()))
+        return replace(scores, **{name: v.masked_fill(~mask, 0.0) for name, v in found.items()})
 
     @classmethod
     def from_log_probs(

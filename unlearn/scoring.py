@@ -16,7 +16,7 @@ from unlearn.prefixes import TokenTree
 from unlearn.ranks import Ranks, whole
 from unlearn.scores import Scorer, Scores
 
-COLUMNS = {"correct": ("correct",), "statistics": ("mean", "variance")}
+COLUMNS = {"correct": ("correct",), "statistics": ("mean", "variance", "top")}
 """What can be asked for beside the log-probabilities -> the fields of :class:`Scores` it fills."""
 CPU_TOKENS = 2048
 """More tokens than this at once only make a CPU slower (1.5 times at 8192 on a 4M-parameter Llama):
@@ -49,8 +49,9 @@ def scored(
     """Score every example once; give groups of them with their places, longest first.
 
     Row i, column j of a group's scores is the j-th labelled token of its i-th place, on the CPU:
-    columns hold answers alone, left-aligned, and ``attended`` is ``mask``. ``want``: ``correct``,
-    ``statistics``. At most ``batch_tokens`` tokens go through the model at once, or one row.
+    columns hold answers alone, left-aligned, ``attended`` is ``mask`` and ``next_tokens`` the
+    labels. ``want``: ``correct``, ``statistics``. At most ``batch_tokens`` tokens go through the
+    model at once, or one row.
 
     A model with plain causal attention (:func:`~unlearn.packing.can_pack`) computes what rows of a
     group begin with once (:mod:`unlearn.prefixes`); rows with the same prompt come in one group.
@@ -187,4 +188,6 @@ def _laid_out(values: Tensor, rows: Sequence[Example], want: Collection[str]) ->
     for name, column in zip(_columns(want), values, strict=True):
         column = column.bool() if name == "correct" else column
         columns[name] = torch.zeros_like(mask, dtype=column.dtype).masked_scatter(mask, column)
-    return Scores(mask=mask, attended=mask, **columns)
+    labels = torch.tensor([label for row in rows for label in row.labels[1:] if label != IGNORE])
+    tokens = torch.full(mask.shape, IGNORE).masked_scatter(mask, labels.long())
+    return Scores(mask=mask, attended=mask, next_tokens=tokens, **columns)

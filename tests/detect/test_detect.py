@@ -1,12 +1,15 @@
 """Detectors: numbers derived by hand, and one pass over a model against row by row."""
 
+import json
 import math
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from sklearn.metrics import roc_auc_score
 
 from unlearn.detect import DETECTORS, loss, min_k, zlib_ratio
 from unlearn.detect.run import score_texts
@@ -61,12 +64,18 @@ def test_min_k_is_the_mean_of_the_least_likely_share(k: float, expected: list[fl
 @pytest.mark.parametrize("name", DETECTORS)
 def test_more_likely_text_scores_higher_and_padding_does_not_count(name: str) -> None:
     """Every detector rises with every token's probability, and keeps its value in a wider batch."""
-    one = scores()
+    one = replace(
+        scores(),
+        mean=torch.full((2, 5), -2.5),
+        variance=torch.full((2, 5), 1.5),
+        top=torch.full((2, 5), -0.25),
+    )
     before = DETECTORS[name](one, TEXTS)
-    raised = Scores((one.log_probs * 0.5), one.mask, one.attended)
-    assert (DETECTORS[name](raised, TEXTS) > before).all()
-    wide = Scores(*(torch.nn.functional.pad(part, (0, 3)) for part in
-                    (one.log_probs, one.mask, one.attended)))  # fmt: skip
+    assert (DETECTORS[name](replace(one, log_probs=one.log_probs * 0.5), TEXTS) > before).all()
+    fields = ("log_probs", "mask", "attended", "mean", "variance", "top")
+    wide = Scores(
+        **{field: torch.nn.functional.pad(getattr(one, field), (0, 3)) for field in fields}
+    )
     assert torch.equal(DETECTORS[name](wide, TEXTS), before)
 
 
@@ -90,29 +99,30 @@ def test_texts_are_scored_in_order_as_one_by_one(
 ) -> None:
     """Against transformers' own mean loss of each line alone."""
     found = score_texts(str(folder), LINES, k=0.3, offline=True)
-    assert [row["text"] for row in found] == LINES
-    assert [row["line"] for row in found] == [1, 2, 3, 4]
+    assert [row["id"] for row in found] == [0, 1, 2, 3]
     for row, text in zip(found, LINES, strict=True):
         ids = torch.tensor([tiny_tokenizer(text)["input_ids"]])
         with torch.no_grad():
             output = tiny_model(input_ids=ids, labels=ids)
-        assert row["tokens"] == ids.shape[1] - 1
-        assert row["loss"] == pytest.approx(-float(output.loss), abs=1e-5)
-        assert row["zlib"] == pytest.approx(row["loss"] / len(zlib.compress(text.encode())))
+        assert row["n_tokens"] == ids.shape[1] - 1
+        got = row["scores"]
+        assert got["loss"] == pytest.approx(-float(output.loss), abs=1e-5)
+        assert got["zlib"] == pytest.approx(got["loss"] / len(zlib.compress(text.encode())))
         each = output.logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
         lowest = each.sort().values[: max(1, math.floor(0.3 * len(each)))]
-        assert row["min_k"] == pytest.approx(float(lowest.mean()), abs=1e-5)
+        assert got["mink"] == pytest.approx(float(lowest.mean()), abs=1e-5)
 
 
-def test_a_text_longer_than_the_context_is_scored_on_its_first_window(
+def test_a_text_longer_than_the_context_is_scored_on_its_start_and_says_so(
     tmp_path: Path, build_tiny_model: Any, tiny_tokenizer: Any
 ) -> None:
     build_tiny_model(max_position_embeddings=8).save_pretrained(tmp_path)
     tiny_tokenizer.save_pretrained(tmp_path)
     short = tiny_tokenizer.decode(tiny_tokenizer(LINES[0])["input_ids"][:8])
     long, whole = score_texts(str(tmp_path), [LINES[0], short])
-    assert long["tokens"] == whole["tokens"] == 7
-    assert long["loss"] == pytest.approx(whole["loss"], abs=1e-6)
+    assert long["n_tokens"] == whole["n_tokens"] == 7
+    assert long["scores"] == pytest.approx(whole["scores"], abs=1e-6)  # zlib too: of the start
+    assert (long["notes"], whole["notes"]) == (["truncated"], [])
 
 
 @pytest.mark.parametrize("k", [0.0, -0.1, 1.5, 20.0, float("nan")])
@@ -121,17 +131,24 @@ def test_a_share_that_is_none_is_refused(k: float, folder: Path) -> None:
         score_texts(str(folder), LINES, k=k)
 
 
-def test_a_memorised_text_stands_out(shared: Path) -> None:
-    """The model that memorised TOFU's forget set finds those answers more familiar than the one
-    that never saw them."""
-    import json
+def test_members_are_told_from_texts_the_model_never_saw(shared: Path) -> None:
+    """Answers of TOFU's forget set against answers about authors that neither model met.
 
-    rows = shared / "data" / "tofu" / "forget10.json"
-    lines = [json.loads(line) for line in rows.read_text().splitlines()][:20]
-    texts = [f"{row['question']} {row['answer']}" for row in lines]
-    models = shared / "models"
-    knows = score_texts(str(models / "tofu-tiny-target"), texts)
-    not_knows = score_texts(str(models / "tofu-tiny-retain90"), texts)
-    for name in DETECTORS:
-        better = sum(a[name] > b[name] for a, b in zip(knows, not_knows, strict=True))
-        assert better >= 18
+    The target has memorised the former; the retain model has seen neither, so that its AUC is 0.5
+    up to the spread of 80 + 80 texts: 1.96 times sqrt(161 / (12 * 80 * 80)) is 0.09.
+    """
+    texts = [answers(shared, "forget10")[:80], answers(shared, "retain90")[-80:]]
+    found = {}
+    for name in ("target", "retain90"):
+        rows = score_texts(str(shared / "models" / f"tofu-tiny-{name}"), [*texts[0], *texts[1]])
+        for score in ("loss", "mink", "minkpp"):
+            values = [row["scores"][score] for row in rows]
+            found[name, score] = roc_auc_score([1] * 80 + [0] * 80, values)
+    for score in ("loss", "mink", "minkpp"):
+        assert found["target", score] >= 0.95
+        assert abs(found["retain90", score] - 0.5) <= 0.09
+
+
+def answers(shared: Path, name: str) -> list[str]:
+    lines = (shared / "data" / "tofu" / f"{name}.json").read_text().splitlines()
+    return [json.loads(line)["answer"] for line in lines]

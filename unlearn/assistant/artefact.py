@@ -133,7 +133,7 @@ def save_composed(
         "base_model": str(local.absolute()) if local.exists() else base.path,
         "base_revision": base.revision,
         "base_weights_sha256": weights_sha256(base),
-        "tokenizer_sha256": tokenizer_sha256(tokenizer),
+        "tokenizer_sha256": models.tokenizer_sha256(tokenizer),
         "layers": plain(model).decoder.depths[1],
         "combine": assistant.combine,
         **settings(assistant.combine, assistant.hyper),
@@ -161,12 +161,6 @@ def _weight_files(source: models.ModelSource) -> list[Path]:
     return sorted(Path(folder).glob("*.safetensors"))
 
 
-def tokenizer_sha256(tokenizer: Any) -> str:
-    """Hash which token has which number."""
-    words = sorted(tokenizer.get_vocab().items())
-    return hashlib.sha256(json.dumps(words).encode()).hexdigest()
-
-
 def _require_same_base(source: models.ModelSource, found: Composition) -> None:
     path = found.base.path
     if weights_sha256(found.base) != found.base_weights_sha256:
@@ -174,7 +168,7 @@ def _require_same_base(source: models.ModelSource, found: Composition) -> None:
             f"'{path}' does not hold the weights that '{source.path}' was made for",
             f"set base_model in {Path(source.path) / CONFIG} to the model it was made from",
         )
-    if tokenizer_sha256(models.load_tokenizer(found.base)) != found.tokenizer_sha256:
+    if models.tokenizer_sha256(models.load_tokenizer(found.base)) != found.tokenizer_sha256:
         raise UserError(
             f"the tokenizer of '{path}' is not the one that '{source.path}' was made with",
             "restore the base's tokenizer files",

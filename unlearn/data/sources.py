@@ -91,6 +91,18 @@ def load_rows(
     return rows
 
 
+def load_any_rows(spec: str, *, offline: bool = False) -> list[Row]:
+    """Load rows as they are, whatever their columns.
+
+    Raises:
+        UserError: the source cannot be read, or has no rows.
+    """
+    rows = _load(Source.parse(spec), spec, offline=offline)
+    if not rows:
+        raise UserError(f"'{spec}' has no rows", "give a source that is not empty")
+    return rows
+
+
 def load_variants(
     spec: str, *, columns: Mapping[str, str], take: int = 1, offline: bool = False
 ) -> list[Row]:

@@ -1,0 +1,246 @@
+"""``unlearn detect bench``: how well scores do on texts whose membership is known."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from unlearn.cli.entry import Json, Offline, go_offline, say
+from unlearn.cli.progress import listening
+
+TEXTS, SCORES = "The texts", "The scores"
+EPILOG = (
+    "Example: [bold]unlearn detect bench --data wikimia:64 --model EleutherAI/pythia-2.8b "
+    "--out bench/wikimia[/bold]"
+)
+
+Score = Annotated[
+    list[str] | None,
+    typer.Option("--score", metavar="NAME", help="May be given again.", rich_help_panel=SCORES),
+]
+K = Annotated[
+    list[float] | None,
+    typer.Option(
+        "--k", metavar="SHARE", help="Shares for mink, minkpp, gapk.", rich_help_panel=SCORES
+    ),
+]
+Freq = Annotated[
+    str | None,
+    typer.Option(
+        "--freq",
+        metavar="FOLDER",
+        help="Frequency table for dcpdd, or 'english' for a rough one.",
+        rich_help_panel=SCORES,
+    ),
+]
+Reference = Annotated[
+    str | None,
+    typer.Option(
+        "--reference", metavar="MODEL", help="Second model, for ref.", rich_help_panel=SCORES
+    ),
+]
+MaxTokens = Annotated[
+    int, typer.Option(min=2, metavar="N", help="Keep N tokens of each text.", rich_help_panel=TEXTS)
+]
+MaxWords = Annotated[
+    int | None,
+    typer.Option(min=1, metavar="N", help="Keep N words of each text.", rich_help_panel=TEXTS),
+]
+TextField = Annotated[
+    str | None, typer.Option(metavar="COLUMN", help="Column with the text.", rich_help_panel=TEXTS)
+]
+Seed = Annotated[int, typer.Option(help="Of the resampling.")]
+BatchTokens = Annotated[int, typer.Option(min=1, metavar="N", help="Tokens per forward pass.")]
+
+
+def bench(
+    model: Annotated[str, typer.Option(metavar="MODEL", help="Folder or hub name.")],
+    data: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DATA",
+            help="wikimia[:64], bookmia, patentmia, mimir:github, muse:news, or a labelled FILE.",
+            rich_help_panel=TEXTS,
+        ),
+    ] = None,
+    path: Annotated[
+        str | None,
+        typer.Option(
+            "--from", metavar="PATH", help="A copy of DATA on this machine.", rich_help_panel=TEXTS
+        ),
+    ] = None,
+    members: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SOURCE", help="Texts that were seen, instead of --data.", rich_help_panel=TEXTS
+        ),
+    ] = None,
+    nonmembers: Annotated[
+        str | None,
+        typer.Option(metavar="SOURCE", help="Texts that were not seen.", rich_help_panel=TEXTS),
+    ] = None,
+    text_field: TextField = None,
+    label_field: Annotated[
+        str | None,
+        typer.Option(metavar="COLUMN", help="Column with 1 or 0.", rich_help_panel=TEXTS),
+    ] = None,
+    max_words: MaxWords = None,
+    max_tokens: MaxTokens = 512,
+    year: Annotated[
+        int | None,
+        typer.Option(
+            help="The model's; warns of texts that name a later one.", rich_help_panel=TEXTS
+        ),
+    ] = None,
+    scores: Score = None,
+    k: K = None,
+    freq: Freq = None,
+    reference: Reference = None,
+    seed: Seed = 0,
+    batch_tokens: BatchTokens = 8192,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="New folder for tables and ROC plot.")
+    ] = None,
+    offline: Offline = False,
+    json: Json = False,
+) -> None:
+    """Compare scores on texts of known membership: AUC, TPR at 5 % and 1 % FPR, FPR at 95 % TPR.
+
+    With 95 % intervals, per length, and with a warning when the two kinds of texts can be told
+    apart without the model: then the figures may show that, and nothing about membership.
+    """
+    from unlearn.recipes.inputs import check_model_folder, check_new
+
+    for folder in (model, reference):
+        check_model_folder(folder)
+    if out is not None:
+        check_new(out)
+    go_offline(offline)
+    from unlearn.detect.settings import Settings
+    from unlearn.evals.detection.bench import measure, score_labelled
+    from unlearn.evals.detection.scorer import Extras, load_scorer
+    from unlearn.evals.detection.write import write_bench
+    from unlearn.models import ModelSource
+
+    extras = Extras(freq, reference)
+    settings = Settings(
+        k=tuple(k or (0.2,)), max_tokens=max_tokens, batch_tokens=batch_tokens, seed=seed
+    )
+    settings = extras.with_scores(settings, scores)
+    texts = _read(data, path, members, nonmembers, text_field, label_field, max_words, offline)
+    with listening() as emit:
+        emit({"event": "stage", "stage": "load"})
+        source = ModelSource(model, offline=offline)
+        scorer, notes = load_scorer(source, settings, extras, [text.text for text in texts])
+        emit({"event": "stage", "stage": "score"})
+        found = score_labelled(texts, scorer, progress=_progress(emit, len(texts)))
+        emit({"event": "stage", "stage": "benchmark"})
+        result = measure(found, seed=seed, year=year)
+    result["checks"]["warnings"] += notes
+    shown = data or f"{members} against {nonmembers}"
+    result |= {"data": shown, "model": model, "settings": _plain(settings, max_words)}
+    if out is not None:
+        write_bench(out, result, found)
+        result |= {"out": str(out)}
+    say(result, json=json, people=print_bench)
+
+
+def _read(
+    data: str | None,
+    path: str | None,
+    members: str | None,
+    nonmembers: str | None,
+    text_field: str | None,
+    label_field: str | None,
+    max_words: int | None,
+    offline: bool,
+) -> list[Any]:
+    from dataclasses import replace
+
+    from unlearn.errors import UserError
+    from unlearn.evals.detection.labelled import Columns, read_labelled, read_sides
+
+    if (data is None) == (members is None and nonmembers is None):
+        raise UserError(
+            "give the texts once", "--data DATA, or --members SOURCE with --nonmembers SOURCE"
+        )
+    if data is not None:
+        columns = Columns(text_field, label_field)
+        texts = read_labelled(data, path=path, columns=columns, offline=offline)
+    elif members is None or nonmembers is None:
+        raise UserError("only one side was given", "give --members and --nonmembers")
+    else:
+        texts = read_sides(members, nonmembers, text_field=text_field, offline=offline)
+    if max_words is None:
+        return texts
+    return [replace(text, text=" ".join(text.text.split()[:max_words])) for text in texts]
+
+
+def _progress(emit: Any, size: int) -> Any:
+    def tell(done: int) -> None:
+        emit({"event": "progress", "what": "texts", "done": done, "total": size})
+
+    return tell
+
+
+def _plain(settings: Any, max_words: int | None) -> dict[str, Any]:
+    return {**vars(settings), "max_words": max_words}
+
+
+def print_bench(found: dict[str, Any]) -> None:
+    """Print the figures of every score, the groups, and what makes them doubtful."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from unlearn.cli.render import PLAIN, shortened
+
+    console = Console(highlight=False)
+    sizes = f"{found['members']} members, {found['nonmembers']} non-members"
+    table = Table(title=f"{escape(shortened(found['data']))}: {sizes}", **PLAIN)
+    table.add_column("")
+    titles = ("AUC", "TPR @ 5 % FPR", "TPR @ 1 % FPR", "FPR @ 95 % TPR")
+    for title in titles:
+        table.add_column(title, justify="right")
+    for name, one in found["metrics"].items():
+        keys = ("auc", "tpr@5%fpr", "tpr@1%fpr", "fpr@95%tpr")
+        table.add_row(name, *(_cell(one[key] if one else {}) for key in keys))
+    console.print(table)
+    _print_groups(console, found)
+    for status, count in found["left_out"].items():
+        console.print(f"{count} texts have no score ({status})", style="yellow")
+    if found["checks"]["blind_auc"] is not None:
+        console.print(
+            f"without the model, from words alone: AUC {found['checks']['blind_auc']:.3f}"
+        )
+    for text in found["checks"]["warnings"]:
+        console.print(f"[yellow]warning:[/] {escape(text)}")
+    if found.get("out"):
+        console.print(f"[bold]results[/] {escape(found['out'])}", soft_wrap=True)
+
+
+def _print_groups(console: Any, found: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    from unlearn.cli.render import PLAIN
+
+    if len(found["groups"]) < 2:
+        return
+    table = Table(title="AUC by length or part", **PLAIN)
+    for title in ("", "texts", *found["metrics"]):
+        table.add_column(title, justify="right" if title else "left", no_wrap=True)
+    for group in found["groups"]:
+        metrics = group["metrics"] or {}
+        cells = [
+            f"{metrics[name]['auc']['value']:.3f}" if metrics.get(name) else "–"
+            for name in found["metrics"]
+        ]
+        sizes = f"{group['members']} + {group['nonmembers']}"
+        table.add_row(group["group"], sizes, *cells)
+    console.print(table)
+
+
+def _cell(one: dict[str, Any]) -> str:
+    if one.get("value") is None:
+        return "–"
+    return f"{one['value']:.3f}\n[dim]{one['low']:.3f}–{one['high']:.3f}[/]"

@@ -1,0 +1,1 @@
+"""How well membership scores do on texts whose membership is known, and before and after."""

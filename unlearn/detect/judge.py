@@ -1,0 +1,143 @@
+"""Texts judged by a model next to texts it surely never saw: p-values, calls, words."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy import ndarray
+
+from unlearn.detect.blind import BlindBaseline, blind_baseline
+from unlearn.detect.conformal import NotCalibrated, length_matched, p_values, share_interval
+from unlearn.detect.dataset_test import DatasetTest, dataset_test
+from unlearn.detect.decisions import Decisions, from_p_values
+from unlearn.detect.engine import TextScorer
+from unlearn.detect.references import References
+from unlearn.detect.text import ScoredText, Text
+from unlearn.detect.verdict import LIMITS, Share, of_members, of_text, of_texts
+
+PRIMARY = ("minkpp", "mink", "loss")
+"""The score that decides when none is named: the first of these that was computed."""
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What was found about many texts: their scores, the calls, and what makes them doubtful."""
+
+    scored: list[ScoredText]
+    decisions: Decisions
+    blind: BlindBaseline
+    references: References
+    match_length: bool = True
+    dataset: DatasetTest | None = None
+    found_members: Share | None = None
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Give one record per text, in the order of the texts."""
+        fpr = self.decisions.fpr
+        called = zip(self.scored, self.decisions.rows(), self.decisions.deciding, strict=True)
+        known = self.found_members is not None
+        return [
+            one.as_json() | row | {"words": of_text(float(p), fpr=fpr, known_members=known)}
+            for one, row, p in called
+        ]
+
+    def summary(self) -> dict[str, Any]:
+        """Give what holds for all texts together."""
+        found = self.decisions
+        return {
+            "primary": found.primary,
+            "fpr": found.fpr,
+            "fdr": found.fdr,
+            "references": int(found.references.max(initial=0)),
+            "called": int(found.member.sum()),
+            "hold_up": int(found.listed.sum()),
+            "dataset_test": self.dataset.to_dict() if self.dataset else None,
+            "known_members": vars(self.found_members) if self.found_members else None,
+            "checks": self.blind.to_dict(),
+            "verdict": [*of_texts(found), *of_members(self.found_members, found.fpr)],
+            "limits": list(LIMITS),
+        }
+
+
+def judge(
+    scorer: TextScorer,
+    texts: Sequence[Text],
+    nonmembers: Sequence[str],
+    *,
+    primary: str | None = None,
+    fpr: float = 0.05,
+    fdr: float = 0.1,
+    match_length: bool = True,
+) -> Judgement:
+    """Compare texts with ``nonmembers``, score by score; see :func:`~.decisions.decide`.
+
+    ``primary`` decides; None takes the first of :data:`PRIMARY` that there is. With
+    ``match_length`` references are cut to each text's own length; those that are shorter do not
+    count for it.
+
+    Raises:
+        NotCalibrated: too few references for ``fpr``.
+        UserError: ``primary`` was not computed, nothing can be scored.
+    """
+    references = References.of(scorer, nonmembers)
+    scored = list(scorer(texts))
+    names = references.columns
+    primary = primary or next((name for name in PRIMARY if name in names), names[0])
+    p, used = _p_values(scored, references, match_length)
+    decisions = from_p_values(p, used, primary=primary, fpr=fpr, fdr=fdr)
+    blind = blind_baseline([one.text for one in texts], nonmembers, seed=scorer.settings.seed)
+    return Judgement(scored, decisions, blind, references, match_length)
+
+
+def with_members(found: Judgement, members: Sequence[Text]) -> Judgement:
+    """Also judge texts that surely were seen: how many of such are found at this rate?
+
+    Raises:
+        NotCalibrated: none of them has enough references of its length.
+    """
+    scored = list(found.references.scorer(members))
+    p, used = _p_values(scored, found.references, found.match_length)
+    rules = {name: getattr(found.decisions, name) for name in ("primary", "fpr", "fdr")}
+    called = from_p_values(p, used, **rules)
+    judged = int((~np.isnan(called.deciding)).sum())
+    hits = int(called.member.sum())
+    if not judged:
+        raise NotCalibrated("no known member could be judged", "give members of other lengths")
+    return replace(found, found_members=Share(hits, judged, *share_interval(hits, judged)))
+
+
+def with_dataset_test(found: Judgement) -> Judgement:
+    """Also test all texts together, as one set, against the references.
+
+    Raises:
+        NotCalibrated: fewer than 20 texts on a side.
+    """
+    values = {name: _values(found.scored, name) for name in found.references.columns}
+    seed = found.references.scorer.settings.seed
+    return replace(found, dataset=dataset_test(values, found.references.at(), seed=seed))
+
+
+def _values(scored: Sequence[ScoredText], name: str) -> ndarray:
+    values = [one.scores[name] for one in scored]
+    return np.array([np.nan if value is None else value for value in values])
+
+
+def _p_values(
+    scored: Sequence[ScoredText], references: References, match_length: bool
+) -> tuple[dict[str, ndarray], ndarray]:
+    """Give p-values per score, and the number of references of every text."""
+    values = {name: _values(scored, name) for name in references.columns}
+    if not match_length:
+        whole = references.at()
+        p = {name: p_values(column, whole[name]) for name, column in values.items()}
+        return p, np.full(len(scored), len(references.encoded))
+    tokens = np.array([one.num_tokens for one in scored])
+    found, used = {}, np.zeros(tokens.size, int)
+    for name, column in values.items():
+
+        def at(length: int, name: str = name) -> ndarray:
+            return references.at(length)[name]
+
+        found[name], used = length_matched(column, tokens, at)
+    return found, used
