@@ -1,6 +1,9 @@
 """Fixtures: a two-layer Llama and a tokenizer built in memory, and shared models."""
 
+import gc
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -98,3 +101,20 @@ def shared() -> Path:
 def _private_cache(tmp_path_factory: Any, monkeypatch: Any) -> None:
     """Keep every test out of the user's cache."""
     monkeypatch.setenv("UNLEARN_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+MANY_MODULES = 100
+_frozen = {"modules": 0}
+
+
+@pytest.fixture(autouse=True)
+def _what_is_imported_stays_out_of_garbage_collection() -> Iterator[None]:
+    """Freeze what importing has made: Trainer collects garbage twice per run, a second each time.
+
+    Hundreds of thousands of objects of torch and transformers would be looked through every time.
+    """
+    yield
+    if len(sys.modules) > _frozen["modules"] + MANY_MODULES:
+        gc.collect()
+        gc.freeze()
+        _frozen["modules"] = len(sys.modules)

@@ -6,13 +6,14 @@ chunks. Everything downstream (objectives, metrics, detectors) is a function of 
 
 import inspect
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from unlearn.forward import read_head, read_layout
@@ -26,6 +27,7 @@ from unlearn.head import (
     vocabulary_statistics,
 )
 from unlearn.prefixes import TokenTree
+from unlearn.thinning import Thinning, last_feed_forward
 
 IGNORE = -100
 
@@ -131,15 +133,18 @@ class Scorer:
     """How to obtain :class:`Scores` from a model: through its head in chunks, or from full logits.
 
     ``head`` is None for a model whose logits we cannot reproduce; then full logits are used.
+    ``last_block`` is the part of the last layer that may skip positions which are not read.
     """
 
     head: VocabularyHead | None
+    last_block: nn.Module | None = None
 
     @classmethod
     def for_model(cls, model: Any, *, check: bool = True) -> "Scorer":
         """Find the head and compare it with the model's own logits on two rows.
 
-        When they differ, warn and fall back to full logits: right, but memory-hungry.
+        When they differ, warn and fall back to full logits: right, but memory-hungry. Without
+        ``check`` the head is taken as it is, and no layer skips positions.
         """
         head = VocabularyHead.of(model)
         if head is None or "logits_to_keep" not in _forward_parameters(model):
@@ -147,7 +152,7 @@ class Scorer:
         elif check and not _self_check(head, model):
             reason = "its logits are not those of its vocabulary head (an unknown transformation)"
         else:
-            return cls(head)
+            return cls(head, _thinnable(head, model) if check else None)
         name = type(plain(model)).__name__
         warnings.warn(f"{name}: full logits are used, because {reason}", stacklevel=2)
         return cls(None)
@@ -190,11 +195,22 @@ class Scorer:
                     for name, part in parts(hidden).items()
                 }
 
-            found = read_head(model, self.head, read, joined, attention.bool())
+            thinning = self._thinning(batches, want)
+            found = read_head(model, self.head, read, joined, attention.bool(), thinning)
         return {
             name: _laid_out(found[name], batch, want.get(name, ()))
             for name, batch in batches.items()
         }
+
+    def _thinning(
+        self,
+        batches: Mapping[str, Mapping[str, Tensor]],
+        want: Mapping[str, Collection[str]],
+    ) -> Thinning | None:
+        if self.last_block is None or any("logits" in want.get(name, ()) for name in batches):
+            return None
+        labels, _ = join_streams([batch["labels"] for batch in batches.values()], IGNORE)
+        return Thinning(self.last_block, label_mask(labels))
 
     @torch.no_grad()
     def tree(
@@ -288,16 +304,36 @@ def _forward_parameters(model: Any) -> Collection[str]:
 
 @torch.no_grad()
 def _self_check(head: VocabularyHead, model: Any) -> bool:
+    with _probed(head, model) as probe:
+        ours = read_head(model, head, VocabularyHead.logits, probe, torch.ones_like(probe).bool())
+        return same_log_probs(ours, _full_logits(model, probe), plain(model))
+
+
+@torch.no_grad()
+def _thinnable(head: VocabularyHead, model: Any) -> nn.Module | None:
+    """Give the last feed-forward block, when it may skip positions and the others stay the same."""
+    block = last_feed_forward(model)
+    if block is None:
+        return None
+    with _probed(head, model) as probe:
+        attended = torch.ones_like(probe).bool()
+        read = attended & (torch.arange(len(probe[0]), device=probe.device) % 3 == 1)
+        every = read_head(model, head, VocabularyHead.logits, probe, attended)
+        thinning = Thinning(block, read)
+        some = read_head(model, head, VocabularyHead.logits, probe, attended, thinning)
+        return block if same_log_probs(some[read], every[read], plain(model)) else None
+
+
+@contextmanager
+def _probed(head: VocabularyHead, model: Any) -> Iterator[Int[Tensor, "2 12"]]:
+    """Give two rows of random tokens, with dropout off inside the context."""
     base = plain(model)
-    device = base.get_input_embeddings().weight.device
     size = min(head.vocabulary, base.config.get_text_config().vocab_size)
     generator = torch.Generator().manual_seed(0)
-    probe = torch.randint(size, (2, 12), generator=generator).to(device)
+    probe = torch.randint(size, (2, 12), generator=generator)
     training = model.training
     model.eval()
     try:
-        attended = torch.ones_like(probe, dtype=torch.bool)
-        ours = read_head(model, head, VocabularyHead.logits, probe, attended)
-        return same_log_probs(ours, _full_logits(model, probe), plain(model))
+        yield probe.to(base.get_input_embeddings().weight.device)
     finally:
         model.train(training)
