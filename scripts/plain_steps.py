@@ -2,8 +2,9 @@
 
 Every stream goes through the model by itself, padded to its longest row, and gives full logits, as
 it does in the code that came with the papers and in open-unlearning. Where that code averages in
-another way than we do (RMU over prompts and padding, too), the mean is ours, so that both steps have
-one value to agree on. ``reference`` is a deep copy of the whole model at its start.
+another way than we do (RMU over prompts and padding too), the mean is ours, so that both steps have
+one value to agree on. ``reference`` is a deep copy of the whole model at its start. In one way this
+is kinder than that code: there the model computes its own loss beside each of these.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -20,7 +21,7 @@ PlainLoss = Callable[[Any, Any, Batches], Tensor]
 
 
 def npo(model: Any, reference: Any, batches: Batches, *, beta: float) -> Tensor:
-    """Zhang et al. 2024, with NLL on the retain rows: three forward passes, and one of the frozen copy is among them."""
+    """Zhang et al. 2024, with NLL on the retain rows; the frozen copy reads the forget rows."""
     policy = _token_nll(model, batches["forget"]).sum(-1)
     with torch.no_grad():
         frozen = _token_nll(reference, batches["forget"]).sum(-1)
@@ -47,7 +48,7 @@ def satimp(
 def rmu(
     model: Any, reference: Any, batches: Batches, *, layer: int, steering: float, retain: float
 ) -> Tensor:
-    """Li et al. 2024: a hook keeps what leaves the layer while the whole model runs, three times."""
+    """Li et al. 2024: a hook keeps what leaves the layer; the whole model runs three times."""
     width = model.config.hidden_size
     vector = torch.rand(width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     control = (vector / vector.norm()).to(model.dtype) * steering

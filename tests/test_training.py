@@ -1,7 +1,7 @@
 """Equivalences of the trainer: what must not change the step does not change the weights.
 
-They hold for single answers and for pairs of them (``dpo``, ``ap``) alike. Models are in float64, so
-that two orders of summation agree far below the tolerance.
+They hold for single answers and for pairs of them (``dpo``, ``ap``). Models are in float64, so that
+two orders of summation agree far below the tolerance.
 """
 
 from pathlib import Path

@@ -6,8 +6,7 @@ chunks. Everything downstream (objectives, metrics, detectors) is a function of 
 
 import inspect
 import warnings
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -149,10 +148,12 @@ class Scorer:
         head = VocabularyHead.of(model)
         if head is None or "logits_to_keep" not in _forward_parameters(model):
             reason = "it has no vocabulary head that can be called apart"
-        elif check and not _self_check(head, model):
-            reason = "its logits are not those of its vocabulary head (an unknown transformation)"
+        elif not check:
+            return cls(head)
+        elif found := _checked(head, model):
+            return found
         else:
-            return cls(head, _thinnable(head, model) if check else None)
+            reason = "its logits are not those of its vocabulary head (an unknown transformation)"
         name = type(plain(model)).__name__
         warnings.warn(f"{name}: full logits are used, because {reason}", stacklevel=2)
         return cls(None)
@@ -303,37 +304,27 @@ def _forward_parameters(model: Any) -> Collection[str]:
 
 
 @torch.no_grad()
-def _self_check(head: VocabularyHead, model: Any) -> bool:
-    with _probed(head, model) as probe:
-        ours = read_head(model, head, VocabularyHead.logits, probe, torch.ones_like(probe).bool())
-        return same_log_probs(ours, _full_logits(model, probe), plain(model))
-
-
-@torch.no_grad()
-def _thinnable(head: VocabularyHead, model: Any) -> nn.Module | None:
-    """Give the last feed-forward block, when it may skip positions and the others stay the same."""
-    block = last_feed_forward(model)
-    if block is None:
-        return None
-    with _probed(head, model) as probe:
-        attended = torch.ones_like(probe).bool()
-        read = attended & (torch.arange(len(probe[0]), device=probe.device) % 3 == 1)
-        every = read_head(model, head, VocabularyHead.logits, probe, attended)
-        thinning = Thinning(block, read)
-        some = read_head(model, head, VocabularyHead.logits, probe, attended, thinning)
-        return block if same_log_probs(some[read], every[read], plain(model)) else None
-
-
-@contextmanager
-def _probed(head: VocabularyHead, model: Any) -> Iterator[Int[Tensor, "2 12"]]:
-    """Give two rows of random tokens, with dropout off inside the context."""
+def _checked(head: VocabularyHead, model: Any) -> Scorer | None:
+    """Give the scorer whose logits are the model's own, skipping positions where that holds too."""
     base = plain(model)
+    device = base.get_input_embeddings().weight.device
     size = min(head.vocabulary, base.config.get_text_config().vocab_size)
     generator = torch.Generator().manual_seed(0)
-    probe = torch.randint(size, (2, 12), generator=generator)
+    probe = torch.randint(size, (2, 12), generator=generator).to(device)
     training = model.training
     model.eval()
     try:
-        yield probe.to(base.get_input_embeddings().weight.device)
+        every = torch.ones_like(probe, dtype=torch.bool)
+        theirs = _full_logits(model, probe)
+
+        def same(read: Tensor, thinning: Thinning | None = None) -> bool:
+            ours = read_head(model, head, VocabularyHead.logits, probe, every, thinning)
+            return same_log_probs(ours[read], theirs[read], base)
+
+        if not same(every):
+            return None
+        block, third = last_feed_forward(model), torch.arange(12, device=device) % 3 == 1
+        skips = block is not None and same(every & third, Thinning(block, every & third))
+        return Scorer(head, block if skips else None)
     finally:
         model.train(training)
