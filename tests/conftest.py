@@ -4,6 +4,7 @@ import gc
 import os
 import sys
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -97,10 +98,18 @@ def shared() -> Path:
     return folder
 
 
+_numbers = count()
+
+
 @pytest.fixture(autouse=True)
 def _private_cache(tmp_path_factory: Any, monkeypatch: Any) -> None:
-    """Keep every test out of the user's cache."""
-    monkeypatch.setenv("UNLEARN_CACHE", str(tmp_path_factory.mktemp("cache")))
+    """Keep every test out of the user's cache.
+
+    Not with ``mktemp``: it reads the names of all folders that there are, of thousands of tests.
+    """
+    folder = tmp_path_factory.getbasetemp() / "caches" / str(next(_numbers))
+    folder.mkdir(parents=True)
+    monkeypatch.setenv("UNLEARN_CACHE", str(folder))
 
 
 MANY_MODULES = 100

@@ -50,7 +50,7 @@ def test_both_steps_do_the_same(name: str, bench: Any, arguments: list[str]) -> 
 
 
 def test_a_loss_that_differs_gives_no_time(bench: Any) -> None:
-    run = {"seconds": 1.0, "losses": [2.0], "norms": [1.0]}
+    run = {"seconds": 1.0, "processor": 0.5, "losses": [2.0], "norms": [1.0]}
     found = bench._summary([{"plain": run | {"seconds": 3.0}, "ours": run}], memory=False)
     assert found["speedup"] == 3.0
     with pytest.raises(SystemExit, match=r"differ by 0\.048"):
