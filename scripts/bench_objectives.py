@@ -10,9 +10,10 @@ step of :class:`unlearn.training.UnlearningTrainer`. Both use the same rows, Ada
 weights, clipping and threads. Both start a little away from the reference, so that no term is 0,
 and losses and gradient norms of all steps must agree, or no time is given.
 
-Each variant runs in its own process, in turn, several times; ratios are medians over pairs, so that
-a busy machine hits both alike. Beside the time on the clock stands that of the processor (summed
-over threads), which leaves out waiting for other programs. ``--layers``: a random Llama of that
+Each variant runs in a process of its own; they take their steps in turn, one waiting for the other,
+and ratios are medians over these pairs of steps, so that a busy machine hits both alike. Beside the
+time on the clock stands that of the processor (summed over threads), which leaves out waiting for
+other programs. ``--layers``: a random Llama of that
 depth, made in memory, takes the place of the model; its tokenizer stays. ``--memory``: the peak
 resident size during the steps minus that of the loaded model too, in runs of their own whose
 allocator gives freed blocks back at once. Gradients and AdamW's state (3 x the trained weights) are
@@ -120,12 +121,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     options = _parser().parse_args(arguments)
     if options.worker:
-        print(json.dumps(_work(options)))
+        for said in _work(options):
+            print(json.dumps(said), flush=True)
+            sys.stdin.readline()
         return
     found = {}
     for method in options.methods:
-        pairs = list(_pairs(method, options, arguments))
-        found[method] = _summary(pairs, memory=options.memory)
+        races = [_race(method, arguments) for _ in range(options.repeats)]
+        found[method] = _summary([pair for race in races for pair in race])
+        if options.memory:
+            found[method] |= _memory(method, options, arguments)
         print(f"{method}: {found[method]['speedup']} times as fast", file=sys.stderr)
     print(json.dumps(found, indent=2))
 
@@ -142,7 +147,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--layer", type=int, help="that RMU reads; a quarter of the way up")
     parser.add_argument("--batch", type=int, default=8, help="rows per stream")
     parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=3, help="pairs of processes")
     parser.add_argument("--threads", type=int, default=0, help="0 = torch's default")
     parser.add_argument("--memory", action="store_true", help="measure memory too")
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
@@ -151,74 +156,97 @@ def _parser() -> argparse.ArgumentParser:
 
 # Processes in turn
 
-
-def _pairs(
-    method: str, options: argparse.Namespace, arguments: Sequence[str]
-) -> Iterator[dict[str, dict[str, Any]]]:
-    """Give what both variants did, pair by pair."""
-    for repeat in range(options.repeats):
-        pair = {}
-        for variant in VARIANTS if repeat % 2 == 0 else reversed(VARIANTS):
-            pair[variant] = _spawn(method, variant, arguments)
-            if options.memory:
-                exact = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
-                apart = _spawn(method, variant, arguments, **exact)
-                pair[variant] |= {name: apart[name] for name in ("extra", "beyond")}
-            seconds = pair[variant]["seconds"]
-            progress = f"{method} {repeat + 1}/{options.repeats}"
-            print(f"{progress} {variant}: {seconds:.3f} s per step", file=sys.stderr)
-        yield pair
+Pair = dict[str, dict[str, float]]
+"""What both variants said of the same step: time, loss and gradient norm."""
 
 
-def _spawn(
+def _race(method: str, arguments: Sequence[str]) -> list[Pair]:
+    """Let both variants take the same steps, one at a time and in turn; warming up is left out."""
+    workers = {variant: _started(method, variant, arguments) for variant in VARIANTS}
+    try:
+        for worker in workers.values():
+            _said(worker)  # it has loaded everything
+        steps = _parser().parse_args(arguments).steps + WARMUP
+        pairs = [
+            {variant: _said(each, "go") for variant, each in workers.items()} for _ in range(steps)
+        ]
+    finally:
+        for worker in workers.values():
+            worker.kill()
+    return pairs[WARMUP:]
+
+
+def _started(
     method: str, variant: str, arguments: Sequence[str], **environment: str
-) -> dict[str, Any]:
+) -> subprocess.Popen[str]:
     command = [sys.executable, __file__, *arguments, "--worker", method, variant]
-    done = subprocess.run(
-        command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | environment
-    )
-    return dict(json.loads(done.stdout.strip().splitlines()[-1]))
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    return subprocess.Popen(command, text=True, env=os.environ | environment, **pipes)
 
 
-def _summary(pairs: Sequence[dict[str, dict[str, Any]]], *, memory: bool) -> dict[str, Any]:
-    def ratio(name: str, over: str, under: str) -> float:
-        return round(statistics.median(pair[over][name] / pair[under][name] for pair in pairs), 3)
+def _said(worker: subprocess.Popen[str], word: str = "") -> Any:
+    """Give a worker a word and wait for what it says."""
+    assert worker.stdin is not None
+    assert worker.stdout is not None
+    if word:
+        print(word, file=worker.stdin, flush=True)
+    for line in worker.stdout:
+        if line.startswith("{"):  # libraries print lines of their own
+            return json.loads(line)
+    sys.exit(f"a worker ended with code {worker.wait()}")
 
-    def medians(name: str) -> dict[str, float]:
-        return {each: statistics.median(pair[each][name] for pair in pairs) for each in VARIANTS}
 
+def _memory(method: str, options: argparse.Namespace, arguments: Sequence[str]) -> dict[str, Any]:
+    """Compare the memory that both variants take, each alone."""
+    exact = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
+    found: dict[str, dict[str, float]] = {}
+    for variant in VARIANTS:
+        worker = _started(method, variant, arguments, **exact)
+        _said(worker)
+        for _ in range(options.steps + WARMUP):
+            found[variant] = _said(worker, "go")
+        worker.kill()
+    plain, ours = (found[variant] for variant in VARIANTS)
+    return {
+        "extra_memory_ratio": round(ours["extra"] / plain["extra"], 3),
+        "activation_memory_ratio": round(ours["beyond"] / plain["beyond"], 3),
+        "extra_mebibytes": {name: round(one["extra"] / 2**20, 1) for name, one in found.items()},
+    }
+
+
+def _summary(pairs: Sequence[Pair]) -> dict[str, Any]:
     difference = max(_difference(pair["plain"], pair["ours"]) for pair in pairs)
     if difference > AGREEMENT:
         sys.exit(f"the two steps differ by {difference:.2g}: there is nothing to compare")
-    found = {
-        "speedup": ratio("seconds", "plain", "ours"),
-        "speedup_of_processor_time": ratio("processor", "plain", "ours"),
-        "each_pair": [round(p["plain"]["seconds"] / p["ours"]["seconds"], 3) for p in pairs],
-        "seconds_per_step": {name: round(each, 4) for name, each in medians("seconds").items()},
+
+    def ratios(name: str) -> list[float]:
+        return [pair["plain"][name] / pair["ours"][name] for pair in pairs]
+
+    quarters = statistics.quantiles(ratios("seconds"), n=4)
+    return {
+        "speedup": round(statistics.median(ratios("seconds")), 3),
+        "half_of_all_pairs": [round(quarters[0], 3), round(quarters[2], 3)],
+        "speedup_of_processor_time": round(statistics.median(ratios("processor")), 3),
+        "seconds_per_step": {
+            each: round(statistics.median(pair[each]["seconds"] for pair in pairs), 4)
+            for each in VARIANTS
+        },
         "largest_relative_difference": difference,
         "pairs": len(pairs),
     }
-    if memory:
-        found |= {
-            "extra_memory_ratio": ratio("extra", "ours", "plain"),
-            "activation_memory_ratio": ratio("beyond", "ours", "plain"),
-            "extra_mebibytes": {k: round(v / 2**20, 1) for k, v in medians("extra").items()},
-        }
-    return found
 
 
-def _difference(one: dict[str, Any], two: dict[str, Any]) -> float:
-    """Give the largest relative difference of the losses and gradient norms of two runs."""
-    ours, theirs = (run["losses"] + run["norms"] for run in (one, two))
-    pairs = zip(ours, theirs, strict=True)
+def _difference(one: dict[str, float], two: dict[str, float]) -> float:
+    """Give the larger relative difference of the losses and gradient norms of a step."""
+    pairs = [(one[name], two[name]) for name in ("loss", "norm")]
     return max(abs(a - b) / max(abs(a), abs(b), LEAST) for a, b in pairs)
 
 
 # One process
 
 
-def _work(options: argparse.Namespace) -> dict[str, Any]:
-    """Do the steps of one variant of one method and say how long they took."""
+def _work(options: argparse.Namespace) -> Iterator[dict[str, float]]:
+    """Do the steps of one variant of one method; say that all is loaded, then how each step went."""
     if options.threads:
         torch.set_num_threads(options.threads)
     name, variant = options.worker
@@ -228,25 +256,16 @@ def _work(options: argparse.Namespace) -> dict[str, Any]:
     loaded = _resident()
     step = {"plain": _plain, "ours": _ours}[variant](model, method)
     _nudge(_trained(model, method))
-    seconds, work, losses, norms = [], [], [], []
+    state = 3 * sum(p.numel() * p.element_size() for p in _trained(model, method))
+    yield {}
     for batch in batches:
         start, before = time.perf_counter(), time.process_time()
         loss, norm = step(batch)
-        seconds.append(time.perf_counter() - start)
-        work.append(time.process_time() - before)
-        losses.append(loss)
-        norms.append(norm)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    state = 3 * sum(p.numel() * p.element_size() for p in _trained(model, method))
-    extra = peak - loaded
-    return {
-        "seconds": statistics.median(seconds[WARMUP:]),
-        "processor": statistics.median(work[WARMUP:]),
-        "losses": losses,
-        "norms": norms,
-        "extra": extra,
-        "beyond": extra - state,
-    }
+        seconds, processor = time.perf_counter() - start, time.process_time() - before
+        extra = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - loaded
+        beyond = extra - state
+        yield {"seconds": seconds, "processor": processor, "loss": loss, "norm": norm,
+               "extra": extra, "beyond": beyond}  # fmt: skip
 
 
 def _model(options: argparse.Namespace) -> Any:
