@@ -246,7 +246,7 @@ def _difference(one: dict[str, float], two: dict[str, float]) -> float:
 
 
 def _work(options: argparse.Namespace) -> Iterator[dict[str, float]]:
-    """Do the steps of one variant of one method; say that all is loaded, then how each step went."""
+    """Do the steps of one variant of one method; say that all is loaded, then how each went."""
     if options.threads:
         torch.set_num_threads(options.threads)
     name, variant = options.worker
