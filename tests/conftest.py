@@ -1,6 +1,10 @@
 """Fixtures: a two-layer Llama and a tokenizer built in memory, and shared models."""
 
+import gc
 import os
+import sys
+from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +98,32 @@ def shared() -> Path:
     return folder
 
 
+_numbers = count()
+
+
 @pytest.fixture(autouse=True)
 def _private_cache(tmp_path_factory: Any, monkeypatch: Any) -> None:
-    """Keep every test out of the user's cache."""
-    monkeypatch.setenv("UNLEARN_CACHE", str(tmp_path_factory.mktemp("cache")))
+    """Keep every test out of the user's cache.
+
+    Not with ``mktemp``: it reads the names of all folders that there are, of thousands of tests.
+    """
+    folder = tmp_path_factory.getbasetemp() / "caches" / str(next(_numbers))
+    folder.mkdir(parents=True)
+    monkeypatch.setenv("UNLEARN_CACHE", str(folder))
+
+
+MANY_MODULES = 100
+_frozen = {"modules": 0}
+
+
+@pytest.fixture(autouse=True)
+def _what_is_imported_stays_out_of_garbage_collection() -> Iterator[None]:
+    """Freeze what importing has made: Trainer collects garbage twice per run, a second each time.
+
+    Hundreds of thousands of objects of torch and transformers would be looked through every time.
+    """
+    yield
+    if len(sys.modules) > _frozen["modules"] + MANY_MODULES:
+        gc.collect()
+        gc.freeze()
+        _frozen["modules"] = len(sys.modules)

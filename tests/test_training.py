@@ -1,6 +1,7 @@
 """Equivalences of the trainer: what must not change the step does not change the weights.
 
-Models are in float64, so that two orders of summation agree far below the tolerance.
+They hold for single answers and for pairs of them (``dpo``, ``ap``). Models are in float64, so that
+two orders of summation agree far below the tolerance.
 """
 
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from transformers import TrainingArguments
 
 from unlearn import checkpoints, reference
+from unlearn.data.answers import Draws, OtherAnswers
 from unlearn.data.collate import Collator, StreamDataset
 from unlearn.data.encode import Example
 from unlearn.errors import RunFailed
@@ -22,17 +24,27 @@ from unlearn.scores import Scorer
 from unlearn.training import Term, UnlearningTrainer
 
 NPO = (Term(OBJECTIVES["npo"], "forget", 1.0, {"beta": 0.1}), Term(OBJECTIVES["nll"], "retain"))
-KL = (Term(OBJECTIVES["grad_ascent"], "forget", 0.5), Term(OBJECTIVES["kl"], "retain", 2.0))
-
-
+DPO = (
+    Term(OBJECTIVES["dpo"], "refusal", 1.0, {"beta": 0.1}, rejected="forget"),
+    Term(OBJECTIVES["nll"], "retain", 0.5),
+)
+AP = (
+    Term(OBJECTIVES["nll"], "refusal"),
+    Term(OBJECTIVES["ap"], "retain", 1.0, {"beta": 0.2}, rejected="retain_refusal"),
+)
 ODD = (
     Term(OBJECTIVES["pdu"], "forget"),
     Term(OBJECTIVES["pdu_retain"], "retain", 1.0, {
         "multiplier": 2.0, "step_size": 3.0, "epsilon": 4.0, "warmup_epochs": 0.0}),
 )  # fmt: skip
-FAMILY = {
-    "npo+nll": NPO,
-    "ascent+kl": KL,
+PAIRS = {"idk_dpo": DPO, "idk_ap": AP}
+CACHED = {"npo+nll": NPO, "idk_dpo": DPO}
+"""Terms that compare log-probabilities alone: the reference can be stored."""
+LIVE = {
+    "ascent+kl": (
+        Term(OBJECTIVES["grad_ascent"], "forget", 0.5),
+        Term(OBJECTIVES["kl"], "retain", 2.0),
+    ),
     "pdu": ODD,
     "undial+npo": (Term(OBJECTIVES["undial"], "forget"), Term(OBJECTIVES["npo"], "forget")),
     "ceu+satimp": (
@@ -45,6 +57,7 @@ FAMILY = {
     ),
     "groups": (Term(OBJECTIVES["simimp"], "forget", 1.0, {"granularity": "group"}),),
 }
+FAMILY = CACHED | PAIRS | LIVE
 
 
 def examples(count: int, seed: int) -> list[Example]:
@@ -58,6 +71,21 @@ def examples(count: int, seed: int) -> list[Example]:
 
 
 STREAMS = {"forget": examples(16, 1), "retain": examples(20, 2)}
+REFUSALS = 3
+
+
+def others() -> dict[str, OtherAnswers]:
+    """Give three refusals to every row."""
+    found = {}
+    for seed, (name, size) in enumerate((("refusal", 16), ("retain_refusal", 20)), start=3):
+        places = {(row, k): REFUSALS * row + k for row in range(size) for k in range(REFUSALS)}
+        drawn = Draws(name, 5, [REFUSALS] * size, 2, places)
+        found[name] = OtherAnswers(drawn, examples(REFUSALS * size, seed))
+    return found
+
+
+OTHERS = others()
+ROWS = STREAMS | {name: answers.examples for name, answers in OTHERS.items()}
 
 
 def trainer_for(
@@ -75,10 +103,11 @@ def trainer_for(
         "disable_tqdm": True, "save_strategy": "no", "logging_strategy": "no", "use_cpu": True,
         "dataloader_pin_memory": False, "warmup_steps": 0,
     } | changes  # fmt: skip
+    read = {"retain", *(stream for term in terms for stream in term.streams)}
     return UnlearningTrainer(
         model=model,
         args=TrainingArguments(**settings),
-        train_dataset=StreamDataset(STREAMS, seed=5),
+        train_dataset=StreamDataset(STREAMS, seed=5, others=OTHERS, only=read),
         data_collator=Collator(0, stored or {}),
         terms=terms,
         scorer=Scorer.for_model(model),
@@ -86,9 +115,11 @@ def trainer_for(
     )
 
 
-def stored_reference(model: Any) -> dict[str, Any]:
+def stored_reference(model: Any, terms: Any = NPO) -> dict[str, Any]:
+    """Score what terms compare with: the forget rows, or both answers of every pair."""
     scorer = Scorer.for_model(model)
-    return {"forget": reference.score_rows(scorer, model, STREAMS["forget"])}
+    asked = {s for term in terms if term.objective.uses_reference for s in term.streams}
+    return {name: reference.score_rows(scorer, model, ROWS[name]) for name in sorted(asked)}
 
 
 def weights(model: Any) -> dict[str, Any]:
@@ -106,15 +137,15 @@ def make(build_tiny_model: Any) -> Any:
     return lambda **changes: build_tiny_model(**changes).double()
 
 
-@pytest.mark.parametrize("terms", FAMILY.values(), ids=list(FAMILY))
-def test_accumulation_changes_nothing(terms: Any, make: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", FAMILY)
+def test_accumulation_changes_nothing(method: str, make: Any, tmp_path: Path) -> None:
     """1 row x 8 accumulated = 8 rows x 1: rows differ in length, so a mean of means would fail."""
-    found = []
+    found, terms = [], FAMILY[method]
     for batch, accumulate in ((8, 1), (1, 8), (4, 2)):
         model = make()
         start = weights(model)
-        live = LiveReference.of(model) if terms is not NPO else None
-        stored = stored_reference(model) if terms is NPO else None
+        live = LiveReference.of(model) if method in LIVE else None
+        stored = None if live else stored_reference(model, terms)
         trainer_for(
             model, tmp_path, terms=terms, stored=stored, live=live,
             per_device_train_batch_size=batch, gradient_accumulation_steps=accumulate,
@@ -125,14 +156,19 @@ def test_accumulation_changes_nothing(terms: Any, make: Any, tmp_path: Path) -> 
     assert_same(found[0], found[2])
 
 
-def test_cached_reference_equals_live_copy(make: Any, tmp_path: Path) -> None:
+cached = pytest.mark.parametrize("terms", CACHED.values(), ids=list(CACHED))
+
+
+@cached
+def test_cached_reference_equals_live_copy(terms: Any, make: Any, tmp_path: Path) -> None:
     first, second = make(), make()
-    trainer_for(first, tmp_path, stored=stored_reference(first)).train()
-    trainer_for(second, tmp_path, live=LiveReference.of(second)).train()
+    trainer_for(first, tmp_path, terms=terms, stored=stored_reference(first, terms)).train()
+    trainer_for(second, tmp_path, terms=terms, live=LiveReference.of(second)).train()
     assert_same(weights(first), weights(second))
 
 
-def test_cached_reference_equals_adapters_off(make: Any, tmp_path: Path) -> None:
+@cached
+def test_cached_reference_equals_adapters_off(terms: Any, make: Any, tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model
 
     def adapted() -> Any:
@@ -140,24 +176,24 @@ def test_cached_reference_equals_adapters_off(make: Any, tmp_path: Path) -> None
         config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
         return get_peft_model(make(), config).double()
 
-    stored = stored_reference(make())
     first, second = adapted(), adapted()
-    trainer_for(first, tmp_path, stored=stored).train()
+    trainer_for(first, tmp_path, terms=terms, stored=stored_reference(make(), terms)).train()
     live = LiveReference.of(second)
     assert live.model is None
-    trainer_for(second, tmp_path, live=live).train()
+    trainer_for(second, tmp_path, terms=terms, live=live).train()
     assert_same(weights(first), weights(second))
     moved = [name for name, tensor in weights(first).items() if "lora_B" in name and tensor.any()]
     assert moved
 
 
-def test_packed_training_equals_padded(make: Any, tmp_path: Path) -> None:
+@cached
+def test_packed_training_equals_padded(terms: Any, make: Any, tmp_path: Path) -> None:
     first, second = make(), make()
-    stored = stored_reference(first)
-    trainer_for(first, tmp_path, stored=stored).train()
+    stored = stored_reference(first, terms)
+    trainer_for(first, tmp_path, terms=terms, stored=stored).train()
     assert can_pack(second)
     with packable(second):
-        trainer_for(second, tmp_path, stored=stored).train()
+        trainer_for(second, tmp_path, terms=terms, stored=stored).train()
     assert_same(weights(first), weights(second))
 
 
@@ -173,27 +209,31 @@ def test_gradient_checkpointing_changes_nothing(make: Any, tmp_path: Path) -> No
     assert_same(weights(first), weights(second))
 
 
-@pytest.mark.parametrize("stop_after", [1, 3])
-def test_resumed_equals_uninterrupted(stop_after: int, make: Any, tmp_path: Path) -> None:
-    """Stopped in the middle of an epoch (2 steps each) or of the run, then continued."""
-    whole, part = make(), make()
-    stored = stored_reference(whole)
-    trainer_for(whole, tmp_path / "whole", stored=stored).train()
-
+def train_until(trainer: UnlearningTrainer, step: int) -> str:
+    """Stop after this step; give the checkpoint that a resumed run takes."""
     stop = StopRequest()
-    stopped = trainer_for(part, tmp_path / "part", stored=stored)
-    stopped.add_callback(
-        StepEvents(lambda e: setattr(stop, "requested", e["step"] >= stop_after), dict)
+    trainer.add_callback(
+        StepEvents(lambda event: setattr(stop, "requested", event["step"] >= step), dict)
     )
-    stopped.add_callback(stop)
-    stopped.train()
-    assert stopped.state.global_step == stop_after
+    trainer.add_callback(stop)
+    trainer.train()
+    assert trainer.state.global_step == step
+    name, _ = checkpoints.choose(Path(trainer.args.output_dir))
+    assert name is not None
+    return str(Path(trainer.args.output_dir) / name)
 
-    name, _ = checkpoints.choose(tmp_path / "part")
-    folder = tmp_path / "part" / str(name)
-    assert folder is not None
-    fresh = make(seed=9)
-    trainer_for(fresh, tmp_path / "part", stored=stored).train(resume_from_checkpoint=str(folder))
+
+@cached
+@pytest.mark.parametrize("stop_after", [1, 3])
+def test_resumed_equals_uninterrupted(
+    stop_after: int, terms: Any, make: Any, tmp_path: Path
+) -> None:
+    """Stopped in the middle of an epoch (2 steps each) or of the run, then continued."""
+    whole, part, fresh = make(), make(), make(seed=9)
+    given = {"terms": terms, "stored": stored_reference(whole, terms)}
+    trainer_for(whole, tmp_path / "whole", **given).train()
+    last = train_until(trainer_for(part, tmp_path / "part", **given), stop_after)
+    trainer_for(fresh, tmp_path / "part", **given).train(resume_from_checkpoint=last)
     assert_same(weights(whole), weights(fresh))
 
 
@@ -238,19 +278,12 @@ def test_a_resumed_multiplier_equals_an_uninterrupted_one(
     terms = (ODD[0], Term(OBJECTIVES["pdu_retain"], "retain", 0.1, {"warmup_epochs": 0.5}))
     whole = make()
     steps = curve(trainer_for(whole, tmp_path / "whole", terms=terms))
-    stop = StopRequest()
-    stopped = trainer_for(make(), tmp_path / "part", terms=terms)
-    stopped.add_callback(
-        StepEvents(lambda e: setattr(stop, "requested", e["step"] >= stop_after), dict)
-    )
-    stopped.add_callback(stop)
-    stopped.train()
-    name, _ = checkpoints.choose(tmp_path / "part")
+    last = train_until(trainer_for(make(), tmp_path / "part", terms=terms), stop_after)
     fresh = make(seed=9)
     trainer = trainer_for(fresh, tmp_path / "part", terms=terms)
     events: list[dict[str, Any]] = []
     trainer.add_callback(StepEvents(events.append, trainer.summary))
-    trainer.train(resume_from_checkpoint=str(tmp_path / "part" / str(name)))
+    trainer.train(resume_from_checkpoint=last)
     assert_same(weights(whole), weights(fresh))
     for step, resumed in zip(steps[stop_after:], events, strict=True):
         assert resumed["pdu_retain.multiplier"] == pytest.approx(step["pdu_retain.multiplier"])
@@ -274,6 +307,50 @@ def test_readings_are_step_means(make: Any, tmp_path: Path) -> None:
     for key in ("forget/npo", "retain/nll", "forget/nll"):
         assert one[key] == pytest.approx(four[key])
     assert 4 < one["retain/nll"] < 8  # untrained: about ln 300 = 5.7 nats per token, counted once
+
+
+@pytest.mark.parametrize("terms", PAIRS.values(), ids=list(PAIRS))
+def test_all_answers_join_one_forward_pass(terms: Any, make: Any, tmp_path: Path) -> None:
+    """24 rows at once: 8 of each of three streams, and no second pass."""
+    model, seen = make(), []
+    model.register_forward_pre_hook(
+        lambda module, arguments, named: seen.append(len(named["input_ids"])),
+        with_kwargs=True,
+    )
+    stored = stored_reference(model, terms)
+    trainer = trainer_for(model, tmp_path, terms=terms, stored=stored, max_steps=2)
+    seen.clear()
+    trainer.train()
+    assert seen == [24, 24]
+
+
+def test_readings_are_means_and_none_is_counted_twice(make: Any, tmp_path: Path) -> None:
+    """At the first step DPO is (2 / beta) ln 2, and untrained NLL is about ln 300 = 5.7 nats."""
+    model, events = make(), []
+    stored = stored_reference(model, DPO)
+    trainer = trainer_for(model, tmp_path, terms=DPO, stored=stored, max_steps=1)
+    trainer.add_callback(StepEvents(events.append, lambda: trainer.readings))
+    trainer.train()
+    (found,) = events
+    assert found["refusal/dpo"] == pytest.approx(20 * 0.6931471805599453)
+    for name in ("refusal/nll", "forget/nll", "retain/nll"):
+        assert 5 < found[name] < 7
+
+
+def test_the_pair_pulls_its_two_answers_apart(make: Any, tmp_path: Path) -> None:
+    model = make()
+    scorer = Scorer.for_model(model)
+
+    def margin() -> float:
+        chosen = reference.score_rows(scorer, model, OTHERS["refusal"].examples)
+        rejected = reference.score_rows(scorer, model, STREAMS["forget"])
+        mean = torch.stack([row.sum() for row in chosen]).mean()
+        return float(mean - torch.stack([row.sum() for row in rejected]).mean())
+
+    before = margin()
+    stored = stored_reference(model, DPO)
+    trainer_for(model, tmp_path, terms=DPO, stored=stored, num_train_epochs=6).train()
+    assert margin() > before + 2
 
 
 def test_a_frozen_tensor_and_a_stuck_tensor_are_told_apart(make: Any, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from unlearn.errors import UserError
 from unlearn.forward import hidden_states
 from unlearn.head import plain, upcast
 from unlearn.scores import IGNORE, join_streams
+from unlearn.thinning import decoder_layers
 
 
 @dataclass(frozen=True)
@@ -69,15 +70,13 @@ def check_layer(model: Any, layer: int) -> None:
 
 
 def _layers(model: Any) -> tuple[str, nn.ModuleList]:
-    base = plain(model)
-    decoder, depth = base.get_decoder(), base.config.get_text_config().num_hidden_layers
-    for name, module in decoder.named_children():
-        if isinstance(module, nn.ModuleList) and len(module) == depth:
-            return name, module
-    raise UserError(
-        f"{type(base).__name__} keeps its layers where they are not found",
-        "use an objective that reads scores",
-    )
+    found = decoder_layers(model)
+    if found is None:
+        raise UserError(
+            f"{type(plain(model)).__name__} keeps its layers where they are not found",
+            "use an objective that reads scores",
+        )
+    return found
 
 
 @contextmanager

@@ -7,7 +7,7 @@ wrapped model returns.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from unlearn.head import VocabularyHead, plain
 from unlearn.packing import Layout, Packing, is_packable, layout_forward, packed_forward
+from unlearn.thinning import Thinning, is_recomputed
 
 Read = Callable[[VocabularyHead, Float[Tensor, "batch seq width"]], Any]
 """Reads hidden states through the head; gives tensors, or dictionaries of them."""
@@ -35,18 +36,30 @@ def read_head(
     read: Read,
     input_ids: Int[Tensor, "batch seq"],
     attended: Tensor,
+    thinning: Thinning | None = None,
 ) -> Any:
     """Give what ``read`` makes of the hidden states [batch, seq, width] that reach the head.
 
     With right padding and causal attention no attention mask is needed: padding comes after every
     real position and cannot be seen from it. Inside :func:`unlearn.packing.packable` padding is
-    left out altogether.
+    left out altogether. With ``thinning`` only its positions mean anything: see
+    :mod:`unlearn.thinning`.
     """
-    if _has_padding(model, attended):
-        packing = Packing.of(attended)
+    packing = Packing.of(attended) if _has_padding(model, attended) else None
+    with _thinned(model, thinning, packing):
+        if packing is None:
+            return _reading(model, head, read)(input_ids=input_ids, use_cache=False)
         call = _reading(model, head, lambda inside, packed: read(inside, packing.unpack(packed)))
         return packed_forward(call, input_ids, packing)
-    return _reading(model, head, read)(input_ids=input_ids, use_cache=False)
+
+
+def _thinned(
+    model: Any, thinning: Thinning | None, packing: Packing | None
+) -> AbstractContextManager[None]:
+    """Skip what is not read in the last layer, where there is anything to read and to skip."""
+    if thinning is None or not thinning.read.any() or is_recomputed(plain(model)):
+        return nullcontext()
+    return _replaced(thinning.block, thinning.forward(packing))
 
 
 def read_layout(

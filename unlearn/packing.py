@@ -51,6 +51,16 @@ class _Gather(torch.autograd.Function):
         return grad.new_zeros(ctx.size, *grad.shape[1:]).index_copy_(0, places, grad), None
 
 
+def scatter(rows: Tensor, places: Int[Tensor, " row"], size: int) -> Tensor:
+    """Put rows at distinct places of a zero tensor of this length."""
+    return _Scatter.apply(rows, places, size)
+
+
+def gather(rows: Tensor, places: Int[Tensor, " row"]) -> Tensor:
+    """Take the rows at distinct places."""
+    return _Gather.apply(rows, places)
+
+
 @dataclass(frozen=True)
 class Group:
     """Rows of similar length that attend together: their tokens' slots in [rows * width]."""
@@ -61,12 +71,12 @@ class Group:
 
     def unpack(self, tokens: Tensor) -> Tensor:
         """[token, heads, size] -> [rows, heads, width, size], zeros at padding."""
-        flat = _Scatter.apply(tokens, self.slots, self.rows * self.width)
+        flat = scatter(tokens, self.slots, self.rows * self.width)
         return flat.unflatten(0, (self.rows, self.width)).transpose(1, 2)
 
     def pack(self, attended: Tensor) -> Tensor:
         """[rows, width, heads, size] -> [token, heads, size]."""
-        return _Gather.apply(attended.flatten(0, 1), self.slots)
+        return gather(attended.flatten(0, 1), self.slots)
 
 
 @runtime_checkable
@@ -104,11 +114,11 @@ class Packing:
 
     def pack(self, padded: Tensor) -> Tensor:
         """[batch, width, ...] -> [1, token, ...]."""
-        return _Gather.apply(padded.flatten(0, 1), self.places)[None]
+        return gather(padded.flatten(0, 1), self.places)[None]
 
     def unpack(self, packed: Tensor) -> Tensor:
         """[1, token, ...] -> [batch, width, ...], zeros at padding."""
-        flat = _Scatter.apply(packed[0], self.places, self.batch * self.width)
+        flat = scatter(packed[0], self.places, self.batch * self.width)
         return flat.unflatten(0, (self.batch, self.width))
 
     def attend(

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from unlearn.forward import read_head, read_layout
@@ -26,6 +26,7 @@ from unlearn.head import (
     vocabulary_statistics,
 )
 from unlearn.prefixes import TokenTree
+from unlearn.thinning import Thinning, last_feed_forward
 
 IGNORE = -100
 
@@ -129,23 +130,28 @@ class Scorer:
     """How to obtain :class:`Scores` from a model: through its head in chunks, or from full logits.
 
     ``head`` is None for a model whose logits we cannot reproduce; then full logits are used.
+    ``last_block`` is the part of the last layer that may skip positions which are not read.
     """
 
     head: VocabularyHead | None
+    last_block: nn.Module | None = None
 
     @classmethod
     def for_model(cls, model: Any, *, check: bool = True) -> "Scorer":
         """Find the head and compare it with the model's own logits on two rows.
 
-        When they differ, warn and fall back to full logits: right, but memory-hungry.
+        When they differ, warn and fall back to full logits: right, but memory-hungry. Without
+        ``check`` the head is taken as it is, and no layer skips positions.
         """
         head = VocabularyHead.of(model)
         if head is None or "logits_to_keep" not in _forward_parameters(model):
             reason = "it has no vocabulary head that can be called apart"
-        elif check and not _self_check(head, model):
-            reason = "its logits are not those of its vocabulary head (an unknown transformation)"
-        else:
+        elif not check:
             return cls(head)
+        elif found := _checked(head, model):
+            return found
+        else:
+            reason = "its logits are not those of its vocabulary head (an unknown transformation)"
         name = type(plain(model)).__name__
         warnings.warn(f"{name}: full logits are used, because {reason}", stacklevel=2)
         return cls(None)
@@ -188,11 +194,22 @@ class Scorer:
                     for name, part in parts(hidden).items()
                 }
 
-            found = read_head(model, self.head, read, joined, attention.bool())
+            thinning = self._thinning(batches, want)
+            found = read_head(model, self.head, read, joined, attention.bool(), thinning)
         return {
             name: _laid_out(found[name], batch, want.get(name, ()))
             for name, batch in batches.items()
         }
+
+    def _thinning(
+        self,
+        batches: Mapping[str, Mapping[str, Tensor]],
+        want: Mapping[str, Collection[str]],
+    ) -> Thinning | None:
+        if self.last_block is None or any("logits" in want.get(name, ()) for name in batches):
+            return None
+        labels, _ = join_streams([batch["labels"] for batch in batches.values()], IGNORE)
+        return Thinning(self.last_block, label_mask(labels))
 
     @torch.no_grad()
     def tree(
@@ -285,7 +302,8 @@ def _forward_parameters(model: Any) -> Collection[str]:
 
 
 @torch.no_grad()
-def _self_check(head: VocabularyHead, model: Any) -> bool:
+def _checked(head: VocabularyHead, model: Any) -> Scorer | None:
+    """Give the scorer whose logits are the model's own, skipping positions where that holds too."""
     base = plain(model)
     device = base.get_input_embeddings().weight.device
     size = min(head.vocabulary, base.config.get_text_config().vocab_size)
@@ -294,8 +312,17 @@ def _self_check(head: VocabularyHead, model: Any) -> bool:
     training = model.training
     model.eval()
     try:
-        attended = torch.ones_like(probe, dtype=torch.bool)
-        ours = read_head(model, head, VocabularyHead.logits, probe, attended)
-        return same_log_probs(ours, _full_logits(model, probe), plain(model))
+        every = torch.ones_like(probe, dtype=torch.bool)
+        theirs = _full_logits(model, probe)
+
+        def same(read: Tensor, thinning: Thinning | None = None) -> bool:
+            ours = read_head(model, head, VocabularyHead.logits, probe, every, thinning)
+            return same_log_probs(ours[read], theirs[read], base)
+
+        if not same(every):
+            return None
+        block, third = last_feed_forward(model), torch.arange(12, device=device) % 3 == 1
+        skips = block is not None and same(every & third, Thinning(block, every & third))
+        return Scorer(head, block if skips else None)
     finally:
         model.train(training)

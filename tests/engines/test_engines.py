@@ -1,7 +1,8 @@
 """Every engine takes the same steps: two processes with any of them against one process without.
 
 Two processes share gloo on a CPU. The rows do not divide evenly: 13 rows, 2 at once per process, 8
-per step. ``make test`` runs each engine once; the rest of the matrix is slow.
+per step. ``make test`` runs each engine once and starts processes in each way once: a launch takes
+as long as all the steps. The matrix of engines and parts is slow.
 """
 
 import json
@@ -11,8 +12,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import chdir
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -92,11 +95,20 @@ def started(place: Path, out: str, *arguments: str, **how: Any) -> dict[str, Any
 
 
 def alone(place: Path, variant: str, extra: tuple[str, ...] = ()) -> Path:
-    """Give the run of one process, done once per variant."""
+    """Give the run of one process, done once per variant: the command's, in this process."""
+    from unlearn.cli.main import main
+
     out = "-".join(["alone", variant, *extra]).replace(".", "_")
     if not (place / out).exists():
-        method = METHODS.get(variant, "npo")
-        started(place, out, settings=[*VARIANTS[variant], *extra], method=method)
+        settings = [*VARIANTS[variant], *extra]
+        words = command(out, settings=settings, program=(), method=METHODS.get(variant, "npo"))
+        with (
+            chdir(place),
+            mock.patch.object(sys, "argv", ["unlearn", *words]),
+            pytest.raises(SystemExit) as end,
+        ):
+            main()
+        assert not end.value.code
     return place / out
 
 
@@ -142,9 +154,9 @@ def matches(place: Path, engine: str, variant: str, extra: tuple[str, ...] = ())
     same(alone(place, variant, extra), place / out)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-def test_an_engine_takes_the_steps_of_one_process(place: Path, engine: str) -> None:
-    matches(place, engine, "lora" if engine == "zero2" else "full")
+@pytest.mark.parametrize(("engine", "variant"), [("ddp", "full"), ("zero2", "lora")])
+def test_an_engine_takes_the_steps_of_one_process(place: Path, engine: str, variant: str) -> None:
+    matches(place, engine, variant)
 
 
 TORCHRUN = ["torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
@@ -152,7 +164,7 @@ TORCHRUN = ["torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
 
 def test_torchrun_may_start_the_processes(place: Path) -> None:
     program = [sys.executable, "-m", *TORCHRUN, "-m", "unlearn.cli"]
-    found = started(place, "torchrun", "--engine", "ddp", settings=[], program=program)
+    found = started(place, "torchrun", "--engine", "fsdp2", settings=[], program=program)
     assert found["metrics"]["after"]
     manifest = json.loads((place / "torchrun" / "manifest.json").read_text())
     assert manifest["processes"] == 2
@@ -184,7 +196,7 @@ def on_two_nodes(place: Path, *words: str) -> list[tuple[int, str, str]]:
 def test_two_nodes_take_the_steps_of_one(place: Path) -> None:
     """Two nodes of one process are two processes: the first speaks, the other says nothing."""
     where = ["--nnodes", "2", "--nproc", "1", "--rdzv", f"localhost:{free_port()}"]
-    ended = on_two_nodes(place, *command("nodes", *where, "--engine", "ddp", settings=[]))
+    ended = on_two_nodes(place, *command("nodes", *where, "--engine", "zero3", settings=[]))
     assert [code for code, _, _ in ended] == [0, 0], ended
     spoken = [out for _, out, _ in ended if out]
     assert len(spoken) == 1

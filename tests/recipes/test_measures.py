@@ -10,7 +10,7 @@ from unlearn.errors import UserError
 from unlearn.recipes.files import load
 from unlearn.recipes.run import run
 
-ROWS = 6
+ROWS = 3
 
 
 @pytest.fixture
@@ -76,7 +76,8 @@ def test_the_best_measured_step_becomes_the_model(recipe: Any, tmp_path: Path) -
 def test_constraints_that_no_step_meets_are_reported(recipe: Any) -> None:
     results = run(
         recipe(
-            "evals.every=2",
+            "evals.every=1",
+            "training.max_steps=1",
             "evals.generate=false",
             "evals.select_best.metric=forget_Q_A_Prob",
             "evals.select_best.constraints.retain_Q_A_Prob=1.1",

@@ -16,6 +16,8 @@ from unlearn.recipes.prepare import Prepared, prepare
 from unlearn.recipes.train import make_trainer, needs_live, training_arguments
 from unlearn.runs import RunFolder
 
+SHORT = ("training.warmup_steps=0", "training.gradient_accumulation_steps=1")
+
 
 @pytest.fixture
 def prepared(tmp_path: Path) -> Any:
@@ -73,7 +75,7 @@ def test_reference_is_stored_or_live_as_the_terms_need(
 
 
 def test_adapters_leave_the_base_alone(prepared: Any, tmp_path: Path) -> None:
-    made = prepared("training.max_steps=2", "training.warmup_steps=0", lora=True)
+    made = prepared("training.max_steps=2", *SHORT, lora=True)
     model = load_model(made.source)
     before = weights_hash(model)
     trainer = make_trainer(
@@ -90,7 +92,7 @@ def test_mixed_precision_keeps_float32_weights(prepared: Any, tmp_path: Path) ->
     """Autocast covers the chunked head too: the loss is near that of float32, not equal to it."""
     losses = []
     for overrides in ([], ["training.bf16=true"]):
-        made = prepared("training.max_steps=3", "training.warmup_steps=0", *overrides)
+        made = prepared("training.max_steps=2", *SHORT, *overrides)
         model, events = load_model(made.source), []
         make_trainer(
             made, model, RunFolder(tmp_path), weights_hash="same", emit=events.append
@@ -113,7 +115,7 @@ RMU = [
     "terms.retain.layer=1",
     "terms.forget.steering=2.0",
     r"training.trainable=['layers\.(0|1)\.mlp\.down_proj']",
-    "training.warmup_steps=0",
+    *SHORT,
     "training.max_steps=3",
     "training.learning_rate=1e-2",
     "training.max_grad_norm=0",
