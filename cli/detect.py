@@ -8,7 +8,7 @@ from typing import Annotated, Any, TextIO
 
 import typer
 
-from unlearn.cli import detect_audit, detect_bench, detect_decide, detect_freq
+from unlearn.cli import detect_audit, detect_bench, detect_calibrate, detect_decide, detect_freq
 from unlearn.cli.entry import Json, Offline, go_offline, guarded
 from unlearn.cli.progress import listening
 
@@ -270,7 +270,7 @@ def _explaining_stops(out: Path | None) -> Iterator[None]:
 app.command(epilog=detect_bench.EPILOG)(detect_bench.bench)
 app.command(epilog=detect_audit.EPILOG)(detect_audit.audit)
 app.command(epilog=detect_decide.DECIDE)(detect_decide.decide)
-app.command(epilog=detect_decide.CALIBRATE)(detect_decide.calibrate)
+app.command(epilog=detect_calibrate.CALIBRATE)(detect_calibrate.calibrate)
 app.add_typer(detect_freq.app, name="freq")
 
 

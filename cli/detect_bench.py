@@ -84,6 +84,14 @@ def bench(
         str | None,
         typer.Option(metavar="COLUMN", help="Column with 1 or 0.", rich_help_panel=TEXTS),
     ] = None,
+    cluster: Annotated[
+        str | None,
+        typer.Option(
+            metavar="COLUMN|N",
+            help="Texts with the same value (book_id), or N in a row, are not independent.",
+            rich_help_panel=TEXTS,
+        ),
+    ] = None,
     max_words: MaxWords = None,
     max_tokens: MaxTokens = 512,
     year: Annotated[
@@ -127,7 +135,8 @@ def bench(
         k=tuple(k or (0.2,)), max_tokens=max_tokens, batch_tokens=batch_tokens, seed=seed
     )
     settings = extras.with_scores(settings, scores)
-    texts = _read(data, path, members, nonmembers, text_field, label_field, max_words, offline)
+    columns = (text_field, label_field, cluster)
+    texts = _read(data, path, members, nonmembers, columns, max_words, offline)
     with listening() as emit:
         emit({"event": "stage", "stage": "load"})
         source = ModelSource(model, offline=offline)
@@ -150,27 +159,31 @@ def _read(
     path: str | None,
     members: str | None,
     nonmembers: str | None,
-    text_field: str | None,
-    label_field: str | None,
+    columns: tuple[str | None, str | None, str | None],
     max_words: int | None,
     offline: bool,
 ) -> list[Any]:
     from dataclasses import replace
 
     from unlearn.errors import UserError
-    from unlearn.evals.detection.labelled import Columns, read_labelled, read_sides
+    from unlearn.evals.detection.labelled import Columns, clustered, read_labelled, read_sides
 
+    text_field, label_field, cluster = columns
+    rows = int(cluster) if cluster and cluster.isdigit() else 0
     if (data is None) == (members is None and nonmembers is None):
         raise UserError(
             "give the texts once", "--data DATA, or --members SOURCE with --nonmembers SOURCE"
         )
     if data is not None:
-        columns = Columns(text_field, label_field)
-        texts = read_labelled(data, path=path, columns=columns, offline=offline)
+        names = Columns(text_field, label_field, None if rows else cluster)
+        texts = read_labelled(data, path=path, columns=names, offline=offline)
     elif members is None or nonmembers is None:
         raise UserError("only one side was given", "give --members and --nonmembers")
+    elif cluster and not rows:
+        raise UserError(f"no number of rows: '{cluster}'", "--cluster N with --members, as 20")
     else:
         texts = read_sides(members, nonmembers, text_field=text_field, offline=offline)
+    texts = clustered(texts, rows) if rows else texts
     if max_words is None:
         return texts
     return [replace(text, text=" ".join(text.text.split()[:max_words])) for text in texts]

@@ -1,4 +1,4 @@
-"""``unlearn detect decide`` and ``calibrate``: from scores to calls with known error rates."""
+"""``unlearn detect decide``: from scores to calls with known error rates."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,10 +17,6 @@ DECISIONS = "Decisions"
 DECIDE = (
     "Example: [bold]unlearn detect decide suspects.jsonl --model models/target "
     "--nonmembers unseen.jsonl --fpr 0.05[/bold]"
-)
-CALIBRATE = (
-    "Example: [bold]unlearn detect calibrate labelled.jsonl --model models/target --score minkpp "
-    "--fpr 0.01 --out calibration.json[/bold]"
 )
 FOUND_MEMBERS = 3
 """Exit code with --fail-on-member when a text is called a member."""
@@ -126,7 +122,10 @@ def decide(
     non-members for the rate, or a threshold that was fitted for something else.
     """
     from unlearn.errors import UserError
+    from unlearn.recipes.inputs import check_model_folder
 
+    check_model_folder(model)
+    go_offline(offline)
     if (nonmembers is None) == (calibration is None):
         raise UserError(
             "a score alone decides nothing",
@@ -136,12 +135,16 @@ def decide(
         _texts(place, text_field, offline) for place in (source, nonmembers, members)
     )
     fitted = _fitted(calibration)
-    settings, extras = _settings(
+    chosen, extras = settings(
         [fitted.score] if fitted else scores, freq, max_tokens, batch_tokens, seed, fitted
     )
+    if fitted is None:
+        from unlearn.detect.judge import check_request
+
+        check_request(chosen, len(others), primary=primary, fpr=fpr, fdr=fdr)
     with listening() as emit:
         emit({"event": "stage", "stage": "load"})
-        scorer, notes = _loaded(model, settings, extras, [t.text for t in texts], offline)
+        scorer, notes = loaded(model, chosen, extras, [t.text for t in texts], offline)
         emit({"event": "stage", "stage": "score"})
         if fitted is not None:
             found = _by_threshold(scorer, texts, fitted, str(calibration), force=force)
@@ -167,77 +170,6 @@ def decide(
         raise typer.Exit(FOUND_MEMBERS)
 
 
-def calibrate(
-    data: Annotated[str, typer.Argument(metavar="DATA", help="Texts with labels, as for `bench`.")],
-    model: Model,
-    out: Annotated[Path, typer.Option(metavar="FILE", help="Where the threshold is written.")],
-    score: Annotated[str, typer.Option(metavar="NAME", help="The score.")] = "minkpp",
-    k: Annotated[float, typer.Option(metavar="SHARE", help="Share for mink, minkpp, gapk.")] = 0.2,
-    fpr: Annotated[
-        float | None,
-        typer.Option(metavar="RATE", help="False calls allowed (0.05).", rich_help_panel=DECISIONS),
-    ] = None,
-    tpr: Annotated[
-        float | None,
-        typer.Option(
-            metavar="RATE", help="Members to be found instead.", rich_help_panel=DECISIONS
-        ),
-    ] = None,
-    youden: Annotated[
-        bool,
-        typer.Option(
-            "--youden", metavar="", help="Largest TPR - FPR instead.", rich_help_panel=DECISIONS
-        ),
-    ] = False,
-    text_field: TextField = None,
-    label_field: Annotated[
-        str | None,
-        typer.Option(metavar="COLUMN", help="Column with 1 or 0.", rich_help_panel=TEXTS),
-    ] = None,
-    max_tokens: MaxTokens = 512,
-    freq: Freq = None,
-    batch_tokens: BatchTokens = 8192,
-    offline: Offline = False,
-    json: Json = False,
-) -> None:
-    """Fit a threshold on labelled texts and keep it with what it is valid for.
-
-    It holds for this model, tokenizer, start token and number of tokens; `decide` refuses it
-    elsewhere.
-    """
-    from unlearn.errors import UserError
-
-    if sum((fpr is not None, tpr is not None, youden)) > 1:
-        raise UserError("more than one rule was given", "one of --fpr, --tpr and --youden")
-    if out.exists():
-        raise UserError(f"'{out}' already exists", "choose another --out, or remove it")
-    from dataclasses import asdict, replace
-
-    from unlearn.detect import thresholds
-    from unlearn.detect.verdict import of_threshold
-    from unlearn.evals.detection.bench import score_labelled, sides
-    from unlearn.evals.detection.labelled import Columns, read_labelled
-
-    texts = read_labelled(data, columns=Columns(text_field, label_field), offline=offline)
-    settings, extras = _settings([score], freq, max_tokens, batch_tokens, 0)
-    settings = replace(settings, k=(k,))
-    with listening() as emit:
-        emit({"event": "stage", "stage": "load"})
-        scorer, notes = _loaded(model, settings, extras, [t.text for t in texts], offline)
-        emit({"event": "stage", "stage": "score"})
-        members, others = sides(score_labelled(texts, scorer), score)
-    if youden:
-        fitted = thresholds.youden(members, others)
-    elif tpr is not None:
-        fitted = thresholds.at_tpr(members, tpr, nonmembers=others)
-    else:
-        fitted = thresholds.at_fpr(others, 0.05 if fpr is None else fpr, members=members)
-    found = thresholds.Calibration(score, _hyper(settings), fitted, _conditions(scorer))
-    thresholds.save(found, out)
-    told = {"calibration": asdict(found), "words": of_threshold(fitted), "notes": notes}
-    say(told | {"out": str(out)}, json=json, people=_print_threshold)
-
-
 def _texts(place: str | None, text_field: str | None, offline: bool) -> list[Any]:
     from unlearn.detect.text import Text
     from unlearn.evals.detection.labelled import read_texts
@@ -248,7 +180,7 @@ def _texts(place: str | None, text_field: str | None, offline: bool) -> list[Any
     return [Text(number, text) for number, text in enumerate(found)]
 
 
-def _settings(
+def settings(
     scores: list[str] | None,
     freq: str | None,
     max_tokens: int,
@@ -256,6 +188,7 @@ def _settings(
     seed: int,
     fitted: "Calibration | None" = None,
 ) -> tuple[Any, Any]:
+    """Give the settings of the scores, and what some of them need beside the model."""
     from unlearn.detect.settings import Settings
     from unlearn.evals.detection.scorer import Extras
 
@@ -267,25 +200,18 @@ def _settings(
     return extras.with_scores(settings, scores), extras
 
 
-def _loaded(
+def loaded(
     model: str, settings: Any, extras: Any, texts: list[str], offline: bool
 ) -> tuple["TextScorer", list[str]]:
-    from unlearn.recipes.inputs import check_model_folder
-
-    check_model_folder(model)
-    go_offline(offline)
+    """Load the model for scoring; also give what is doubtful about the frequency table."""
     from unlearn.evals.detection.scorer import load_scorer
     from unlearn.models import ModelSource
 
     return load_scorer(ModelSource(model, offline=offline), settings, extras, texts)
 
 
-def _hyper(settings: Any) -> dict[str, Any]:
-    """Give what else a score's value depends on."""
-    return {"k": settings.k[0], "clip": settings.clip, "gap_window": settings.gap_window}
-
-
-def _conditions(scorer: "TextScorer") -> Any:
+def conditions(scorer: "TextScorer") -> Any:
+    """Say what a threshold fitted now would be valid for."""
     from unlearn.detect.thresholds import Conditions
     from unlearn.models import tokenizer_sha256, weights_hash
 
@@ -312,7 +238,7 @@ def _by_threshold(
     from unlearn.detect.verdict import LIMITS, of_threshold
 
     if not force:
-        thresholds.check_conditions(fitted, _conditions(scorer), source=source)
+        thresholds.check_conditions(fitted, conditions(scorer), source=source)
     scored = list(scorer(texts))
     values = [one.scores[fitted.score] for one in scored]
     called = thresholds.calls(
@@ -366,13 +292,6 @@ def _print_decisions(found: dict[str, Any]) -> None:
         console.print(f"[yellow]warning:[/] {escape(text)}")
     for line in found["limits"]:
         console.print(escape(line), style="dim")
-
-
-def _print_threshold(found: dict[str, Any]) -> None:
-    print(found["words"])
-    for text in found["notes"]:
-        print(f"warning: {text}")
-    print(f"calibration {found['out']}")
 
 
 def _number(value: float | None) -> str:

@@ -108,6 +108,9 @@ def measure(found: Sequence[Scored], *, seed: int = 0, year: int | None = None) 
         "differences": dict(_differences(found, chosen, seed)),
         "groups": [_group(name, some, chosen, seed) for name, some in groups(found)],
         "checks": checks,
+        "clusters": len({(one.text.member, one.text.cluster) for one in found})
+        if any(one.text.cluster for one in found)
+        else None,
         "seed": seed,
     }
 
@@ -116,7 +119,21 @@ def _separation(found: Sequence[Scored], score: str, seed: int) -> dict[str, Any
     members, nonmembers = sides(found, score)
     if not members.size or not nonmembers.size:
         return None
-    return separation(members=members, nonmembers=nonmembers, seed=seed).to_dict()
+    clusters = _clusters(found, score)
+    return separation(
+        members=members, nonmembers=nonmembers, clusters=clusters, seed=seed
+    ).to_dict()
+
+
+def _clusters(found: Sequence[Scored], score: str) -> tuple[list[str], list[str]] | None:
+    """Give the clusters of the texts behind :func:`sides`; None without clusters."""
+    if not any(one.text.cluster for one in found):
+        return None
+    kept = [one.text for one in found if one.scores.get(score) is not None]
+    return (
+        [text.cluster for text in kept if text.member],
+        [text.cluster for text in kept if not text.member],
+    )
 
 
 def _differences(
@@ -128,7 +145,11 @@ def _differences(
         ours, theirs = sides(both, name), sides(both, "loss")
         if name == "loss" or not ours[0].size or not ours[1].size:
             continue
-        draws = [auc_draws(members=yes, nonmembers=no, seed=seed) for yes, no in (ours, theirs)]
+        clusters = _clusters(both, name)
+        draws = [
+            auc_draws(members=yes, nonmembers=no, clusters=clusters, seed=seed)
+            for yes, no in (ours, theirs)
+        ]
         low, high = interval(draws[0] - draws[1])
         value = auc(ours[1], ours[0]) - auc(theirs[1], theirs[0])
         yield name, {"value": value, "low": low, "high": high}

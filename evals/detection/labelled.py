@@ -11,8 +11,9 @@ muse       muse-bench/MUSE-News, -Books   splits ``forget`` and ``holdout`` with
 =========  =============================  ========================================================
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,19 +32,25 @@ Found = Iterator["LabelledText"]
 
 @dataclass(frozen=True)
 class LabelledText:
-    """A text, whether it was in the training data, and the part of the benchmark it belongs to."""
+    """A text, whether it was in the training data, and the part of the benchmark it belongs to.
+
+    ``cluster`` names what it shares with other texts, as an author or a book: such texts are not
+    independent. Empty where nothing is known.
+    """
 
     text: str
     member: bool
     group: str = ""
+    cluster: str = ""
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Which columns to read; None takes the usual names."""
+    """Which columns to read; None takes the usual names, and no clusters."""
 
     text: str | None = None
     label: str | None = None
+    cluster: str | None = None
 
 
 def read_labelled(
@@ -220,7 +227,8 @@ def _labelled(row: Any, columns: Columns, place: str, group: str) -> Found:
             yield LabelledText(_text(row, Columns(side), place), member, group)
         return
     text = _text(row, columns, place)
-    yield LabelledText(text, _label(row, columns, place), group)
+    cluster = _cluster(row, columns, place)
+    yield LabelledText(text, _label(row, columns, place), group, cluster)
 
 
 def _text(row: Any, columns: Columns, place: str) -> str:
@@ -239,6 +247,28 @@ def _text(row: Any, columns: Columns, place: str) -> str:
         kind = type(row[field]).__name__
         raise UserError(f"{place}: '{field}' is a {kind}, not a text", "name another --text-field")
     return str(row[field])
+
+
+def _cluster(row: Mapping[str, Any], columns: Columns, place: str) -> str:
+    if columns.cluster is None:
+        return ""
+    if columns.cluster not in row:
+        guess = did_you_mean(columns.cluster, map(str, row))
+        raise UserError(
+            f"{place} has no column '{columns.cluster}'{guess}",
+            f"the columns are {', '.join(map(str, row))}",
+        )
+    return str(row[columns.cluster])
+
+
+def clustered(texts: Sequence[LabelledText], rows: int) -> list[LabelledText]:
+    """Take every ``rows`` texts of a side that follow one another for one cluster."""
+    seen: Counter[bool] = Counter()
+    found = []
+    for text in texts:
+        found.append(replace(text, cluster=f"{seen[text.member] // rows}"))
+        seen[text.member] += 1
+    return found
 
 
 def _label(row: Any, columns: Columns, place: str) -> bool:

@@ -75,6 +75,10 @@ def test_decisions_and_their_exit_codes(unlearn: Any, texts: tuple[str, str]) ->
     assert generous.code == 3
     assert any(item["decision"] == "member" for item in generous.json["items"])
     assert unlearn(*call[:-2]).code == 2  # neither references nor a threshold
+    for wrong, words in (("--primary", "minkp"), ("--fdr", "5"), ("--fpr", "0")):
+        early = unlearn(*call, wrong, words)
+        assert early.code == 2
+        assert "loading" not in early.err  # said before the model is loaded
 
 
 def test_a_threshold_is_fitted_used_and_refused_elsewhere(

@@ -2,6 +2,7 @@
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,17 @@ def test_groups_are_those_of_the_data_or_lengths() -> None:
     assert long["metrics"] is None  # three members
     named = [Scored(LabelledText("a", n % 2 == 0, "ab"[n // 2]), 9, "ok", {}) for n in range(4)]
     assert [name for name, _ in groups(named)] == ["a", "b"]
+
+
+def test_clusters_widen_the_intervals() -> None:
+    some = rows(spread(0.5, 60, 0), spread(0, 60, 1))
+    apart = [Scored(replace(one.text, cluster=str(n // 20)), 9, "ok", one.scores)
+             for n, one in enumerate(some)]  # fmt: skip
+    plain, whole = measure(some), measure(apart)
+    assert (plain["clusters"], whole["clusters"]) == (None, 6)
+    one, other = plain["metrics"]["loss"]["auc"], whole["metrics"]["loss"]["auc"]
+    assert one["value"] == other["value"]
+    assert (one["low"], one["high"]) != (other["low"], other["high"])
 
 
 def test_years_after_the_model_are_told() -> None:

@@ -7,7 +7,13 @@ from typing import Any
 import pytest
 
 from unlearn.errors import UserError
-from unlearn.evals.detection.labelled import Columns, LabelledText, read_labelled, read_sides
+from unlearn.evals.detection.labelled import (
+    Columns,
+    LabelledText,
+    clustered,
+    read_labelled,
+    read_sides,
+)
 
 
 def write(path: Path, rows: list[Any]) -> str:
@@ -103,6 +109,16 @@ def test_own_columns_and_a_file_per_group(tmp_path: Path) -> None:
     assert [text.group for text in found] == ["long", "long", "short", "short"]
     (tmp_path / "t.csv").write_text("text,label\nseen,1\nnew,0\n")
     assert [text.member for text in read_labelled(str(tmp_path / "t.csv"))] == [True, False]
+
+
+def test_clusters_are_a_column_or_rows_that_follow_one_another(tmp_path: Path) -> None:
+    rows = [{"text": "a", "label": n % 2, "book_id": n // 3} for n in range(6)]
+    path = write(tmp_path / "own.jsonl", rows)
+    found = read_labelled(path, columns=Columns(cluster="book_id"))
+    assert [text.cluster for text in found] == ["0", "0", "0", "1", "1", "1"]
+    assert [text.cluster for text in clustered(found, 2)] == ["0", "0", "0", "0", "1", "1"]
+    with pytest.raises(UserError, match="did you mean 'book_id'"):
+        read_labelled(path, columns=Columns(cluster="bookid"))
 
 
 def test_two_sources(tmp_path: Path) -> None:

@@ -8,13 +8,21 @@ import numpy as np
 from numpy import ndarray
 
 from unlearn.detect.blind import BlindBaseline, blind_baseline
-from unlearn.detect.conformal import NotCalibrated, length_matched, p_values, share_interval
+from unlearn.detect.conformal import (
+    NotCalibrated,
+    check_enough,
+    length_matched,
+    p_values,
+    share_interval,
+)
 from unlearn.detect.dataset_test import DatasetTest, dataset_test
 from unlearn.detect.decisions import Decisions, from_p_values
 from unlearn.detect.engine import TextScorer
-from unlearn.detect.references import References
+from unlearn.detect.references import References, comparable
+from unlearn.detect.settings import Settings
 from unlearn.detect.text import ScoredText, Text
 from unlearn.detect.verdict import LIMITS, Share, of_members, of_text, of_texts
+from unlearn.errors import UserError, unknown
 
 PRIMARY = ("minkpp", "mink", "loss")
 """The score that decides when none is named: the first of these that was computed."""
@@ -60,6 +68,29 @@ class Judgement:
         }
 
 
+def check_request(
+    settings: Settings, nonmembers: int, *, primary: str | None, fpr: float, fdr: float
+) -> str:
+    """Refuse what cannot be decided, before any model is loaded; give the score that decides.
+
+    Raises:
+        NotCalibrated: too few non-members for ``fpr``.
+        UserError: a rate that is none, a score that is not computed or has no length to match.
+    """
+    names = comparable(settings)
+    if not names:
+        raise UserError(
+            f"{', '.join(settings.scores)} cannot be compared with non-members here",
+            "add one of loss, zlib, mink, minkpp, gapk and dcpdd",
+        )
+    if primary is not None and primary not in names:
+        raise unknown("score", primary, names)
+    check_enough(nonmembers, fpr)
+    if not 0 < fdr < 1:
+        raise UserError(f"fdr={fdr} is not a rate", "give more than 0 and less than 1, as 0.1")
+    return primary or next((name for name in PRIMARY if name in names), names[0])
+
+
 def judge(
     scorer: TextScorer,
     texts: Sequence[Text],
@@ -80,10 +111,9 @@ def judge(
         NotCalibrated: too few references for ``fpr``.
         UserError: ``primary`` was not computed, nothing can be scored.
     """
+    primary = check_request(scorer.settings, len(nonmembers), primary=primary, fpr=fpr, fdr=fdr)
     references = References.of(scorer, nonmembers)
     scored = list(scorer(texts))
-    names = references.columns
-    primary = primary or next((name for name in PRIMARY if name in names), names[0])
     p, used = _p_values(scored, references, match_length)
     decisions = from_p_values(p, used, primary=primary, fpr=fpr, fdr=fdr)
     blind = blind_baseline([one.text for one in texts], nonmembers, seed=scorer.settings.seed)

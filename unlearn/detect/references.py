@@ -11,7 +11,7 @@ from numpy import ndarray
 
 from unlearn.data import IGNORE, Example
 from unlearn.detect.engine import TextScorer
-from unlearn.detect.settings import SINGLE_PASS, STATISTICS
+from unlearn.detect.settings import SINGLE_PASS, STATISTICS, Settings
 from unlearn.detect.tokens import Encoded
 from unlearn.errors import UserError
 from unlearn.scores import Scores
@@ -51,8 +51,7 @@ class References:
     @property
     def columns(self) -> list[str]:
         """Name the scores that can be taken of a part of a text: those of one pass."""
-        names = [name for name in self.scorer.settings.columns if name != "ppl"]
-        return [name for name in names if name.partition("_")[0] in SINGLE_PASS]
+        return comparable(self.scorer.settings)
 
     def at(self, tokens: int | None = None) -> dict[str, Float[ndarray, " reference"]]:
         """Give every score of the first ``tokens`` scored tokens; shorter references are left out.
@@ -91,6 +90,12 @@ class References:
         if ends is None:
             return tokenizer.start_of(one.text, one.ids[front : tokens + 1])
         return one.text[: ends[tokens - front]]
+
+
+def comparable(settings: Settings) -> list[str]:
+    """Name the scores that can be taken of the first tokens of a text: those of one pass."""
+    names = [name for name in settings.columns if name != "ppl"]
+    return [name for name in names if name.partition("_")[0] in SINGLE_PASS]
 
 
 def _ends(tokenizer: Any, text: str) -> list[int] | None:

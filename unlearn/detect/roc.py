@@ -24,6 +24,8 @@ FPRS = (0.05, 0.01, 0.001)
 """False-positive rates at which the true-positive rate is given, as far as there are texts."""
 TPR = 0.95
 """True-positive rate at which the false-positive rate is given."""
+Clusters = tuple[ArrayLike, ArrayLike]
+"""Which cluster each member and each non-member belongs to, by any name or number."""
 DRAWS_AT_ONCE = 2**22
 """Counts held at once by the bootstrap: 32 MiB, whatever the number of texts."""
 
@@ -130,15 +132,18 @@ def separation(
     *,
     members: ArrayLike,
     nonmembers: ArrayLike,
+    clusters: Clusters | None = None,
     seed: int = 0,
     fprs: tuple[float, ...] = FPRS,
 ) -> Separation:
     """Measure a score on labelled texts; every figure with its interval.
 
     The true-positive rate at an FPR of a is given from 1/a non-members on: with fewer, it is that
-    at an FPR of 0. No score may be NaN.
+    at an FPR of 0. ``clusters`` names the cluster of every member and of every non-member (an
+    author, a book): texts of one cluster are not independent, so whole clusters are resampled, and
+    intervals are as wide as they should be. No score may be NaN.
     """
-    tie = _Ties(members, nonmembers)
+    tie = _Ties(members, nonmembers, clusters)
     sizes = int(tie.members.sum()), int(tie.nonmembers.sum())
     draws = tie.draws(seed, fprs)
     area = _estimate(auc(nonmembers, members), draws["auc"])
@@ -164,14 +169,18 @@ def _tpr_estimate(
 
 
 def auc_draws(
-    *, members: ArrayLike, nonmembers: ArrayLike, seed: int = 0
+    *,
+    members: ArrayLike,
+    nonmembers: ArrayLike,
+    clusters: Clusters | None = None,
+    seed: int = 0,
 ) -> Float[ndarray, " draw"]:
     """Give the AUC of every bootstrap resample, [RESAMPLES].
 
     Equal seeds and sizes draw the same texts: the difference of the draws of two scores (or of two
     models) on the same texts is paired.
     """
-    return _Ties(members, nonmembers).draws(seed, ())["auc"]
+    return _Ties(members, nonmembers, clusters).draws(seed, ())["auc"]
 
 
 def interval(draws: ArrayLike) -> tuple[float, float]:
@@ -193,13 +202,18 @@ def resampled(rows: int, seed: int, stream: int) -> Float[ndarray, "draw row"]:
 class _Ties:
     """Two sets of scores grouped by equal score, highest first: the bootstrap only counts."""
 
-    def __init__(self, members: ArrayLike, nonmembers: ArrayLike) -> None:
+    def __init__(
+        self, members: ArrayLike, nonmembers: ArrayLike, clusters: Clusters | None = None
+    ) -> None:
         sides = np.asarray(members, float), np.asarray(nonmembers, float)
         if not all(side.size for side in sides):
             raise ValueError("both sides need at least one score")
         both = np.concatenate(sides)
         if np.isnan(both).any():
             raise ValueError("a score is not a number; leave such texts out and count them")
+        self.clusters = None
+        if clusters is not None:
+            self.clusters = [np.unique(np.asarray(c), return_inverse=True)[1] for c in clusters]
         values, groups = np.unique(-both, return_inverse=True)
         self.thresholds = -values
         self.groups = groups[: sides[0].size], groups[sides[0].size :]
@@ -214,10 +228,18 @@ class _Ties:
         parts = []
         for start in range(0, RESAMPLES, step):
             chosen = slice(start, start + step)
-            no = _grouped(resampled(nonmembers.size, seed, 0)[chosen], nonmembers, self.thresholds)
-            yes = _grouped(resampled(members.size, seed, 1)[chosen], members, self.thresholds)
+            no = _grouped(self._drawn(1, seed)[chosen], nonmembers, self.thresholds)
+            yes = _grouped(self._drawn(0, seed)[chosen], members, self.thresholds)
             parts.append(_figures(yes, no, fprs))
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    def _drawn(self, side: int, seed: int) -> Float[ndarray, "draw row"]:
+        """Say how often each row of a side is drawn: alone, or with its whole cluster."""
+        stream = 1 - side
+        if self.clusters is None:
+            return resampled(self.groups[side].size, seed, stream)
+        which = self.clusters[side]
+        return resampled(int(which.max()) + 1, seed, stream)[:, which]
 
 
 def _grouped(counts: ndarray, groups: ndarray, thresholds: ndarray) -> ndarray:
