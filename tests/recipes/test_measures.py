@@ -44,6 +44,7 @@ def recipe(shared: Path, tofu: Path, tmp_path: Path) -> Any:
             "training.max_steps=4",
             "training.per_device_train_batch_size=2",
             "training.warmup_steps=0",
+            "terms.forget.weight=1.0",
             f"evals.tofu.data={tofu}",
             "evals.max_new_tokens=8",
         ]
