@@ -252,8 +252,9 @@ def test_the_cache_can_be_put_elsewhere(tmp_path: Path, monkeypatch: Any) -> Non
     assert cache_folder() == tmp_path / ".cache" / "unlearn"
 
 
-def test_the_command_line_can_be_pasted_back(monkeypatch: Any) -> None:
-    monkeypatch.setattr(sys, "argv", ["/opt/bin/unlearn", "run", "npo", "--forget", "a b#c:d[:4]"])
+@pytest.mark.parametrize("program", ["/usr/bin/unlearn", "/site/unlearn/cli/__main__.py"])
+def test_the_command_line_can_be_pasted_back(monkeypatch: Any, program: str) -> None:
+    monkeypatch.setattr(sys, "argv", [program, "run", "npo", "--forget", "a b#c:d[:4]"])
     assert runs.command_line() == "unlearn run npo --forget 'a b#c:d[:4]'"
 
 

@@ -230,4 +230,5 @@ COMMAND = "UNLEARN_COMMAND"
 
 def command_line() -> str:
     """Give the command this process was started with, as one would type it again."""
-    return os.environ.get(COMMAND) or shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    program = Path(sys.argv[0]).name.replace("__main__.py", "unlearn")  # python -m unlearn.cli
+    return os.environ.get(COMMAND) or shlex.join([program, *sys.argv[1:]])
