@@ -5,7 +5,8 @@ from typing import Annotated, Any
 
 import typer
 
-from unlearn.cli.detect_bench import (
+from unlearn.cli.detect_bench import cell
+from unlearn.cli.detect_options import (
     SCORES,
     TEXTS,
     BatchTokens,
@@ -14,8 +15,8 @@ from unlearn.cli.detect_bench import (
     Score,
     Seed,
     TextField,
-    _cell,
-    _progress,
+    counting,
+    loaded,
 )
 from unlearn.cli.entry import Json, Offline, go_offline, say
 from unlearn.cli.progress import listening
@@ -112,18 +113,14 @@ def _audit(
     from unlearn.detect.blind import blind_baseline
     from unlearn.evals.detection.audit import FORMAT, audit, sides_of, verdict
     from unlearn.evals.detection.bench import ranked, score_labelled
-    from unlearn.evals.detection.scorer import load_scorer
-    from unlearn.models import ModelSource
 
     sizes = sum(text.member for text in texts)
     sides: dict[str, Any] = {}
     notes: list[str] = []
     for who, path in models.items():
-        emit({"event": "stage", "stage": "load"})
-        source = ModelSource(path, offline=offline)
-        scorer, notes = load_scorer(source, settings, extras, [text.text for text in texts])
+        scorer, notes = loaded(emit, path, settings, extras, texts, offline=offline)
         emit({"event": "stage", "stage": "score", "name": who})
-        found = score_labelled(texts, scorer, progress=_progress(emit, len(texts)))
+        found = score_labelled(texts, scorer, progress=counting(emit, len(texts)))
         names = ranked(found)
         sides[who] = sides_of([{n: one.scores[n] for n in names} for one in found], sizes)
     compared = audit(sides["before"], sides["after"], sides.get("retain_model"), seed=settings.seed)
@@ -149,7 +146,7 @@ def _print_audit(found: dict[str, Any]) -> None:
     table.add_column("PrivLeak after", justify="right")
     table.add_column("")
     for name, one in found["scores"].items():
-        cells = [_cell(one["auc"][who]) for who in found["models"]]
+        cells = [cell(one["auc"][who]) for who in found["models"]]
         flag = one["flag"].replace("_", " ")
         table.add_row(name, *cells, f"{one['privleak']['after']:+.1f} %", flag)
     console.print(table)

@@ -5,52 +5,28 @@ from typing import Annotated, Any
 
 import typer
 
+from unlearn.cli.detect_options import (
+    TEXTS,
+    BatchTokens,
+    Freq,
+    K,
+    LabelField,
+    MaxTokens,
+    MaxWords,
+    Reference,
+    Score,
+    Seed,
+    TextField,
+    counting,
+    loaded,
+)
 from unlearn.cli.entry import Json, Offline, go_offline, say
 from unlearn.cli.progress import listening
 
-TEXTS, SCORES = "The texts", "The scores"
 EPILOG = (
     "Example: [bold]unlearn detect bench --data wikimia:64 --model EleutherAI/pythia-2.8b "
     "--out bench/wikimia[/bold]"
 )
-
-Score = Annotated[
-    list[str] | None,
-    typer.Option("--score", metavar="NAME", help="May be given again.", rich_help_panel=SCORES),
-]
-K = Annotated[
-    list[float] | None,
-    typer.Option(
-        "--k", metavar="SHARE", help="Shares for mink, minkpp, gapk.", rich_help_panel=SCORES
-    ),
-]
-Freq = Annotated[
-    str | None,
-    typer.Option(
-        "--freq",
-        metavar="FOLDER",
-        help="Frequency table for dcpdd, or 'english' for a rough one.",
-        rich_help_panel=SCORES,
-    ),
-]
-Reference = Annotated[
-    str | None,
-    typer.Option(
-        "--reference", metavar="MODEL", help="Second model, for ref.", rich_help_panel=SCORES
-    ),
-]
-MaxTokens = Annotated[
-    int, typer.Option(min=2, metavar="N", help="Keep N tokens of each text.", rich_help_panel=TEXTS)
-]
-MaxWords = Annotated[
-    int | None,
-    typer.Option(min=1, metavar="N", help="Keep N words of each text.", rich_help_panel=TEXTS),
-]
-TextField = Annotated[
-    str | None, typer.Option(metavar="COLUMN", help="Column with the text.", rich_help_panel=TEXTS)
-]
-Seed = Annotated[int, typer.Option(help="Of the resampling.")]
-BatchTokens = Annotated[int, typer.Option(min=1, metavar="N", help="Tokens per forward pass.")]
 
 
 def bench(
@@ -80,10 +56,7 @@ def bench(
         typer.Option(metavar="SOURCE", help="Texts that were not seen.", rich_help_panel=TEXTS),
     ] = None,
     text_field: TextField = None,
-    label_field: Annotated[
-        str | None,
-        typer.Option(metavar="COLUMN", help="Column with 1 or 0.", rich_help_panel=TEXTS),
-    ] = None,
+    label_field: LabelField = None,
     cluster: Annotated[
         str | None,
         typer.Option(
@@ -126,9 +99,8 @@ def bench(
     go_offline(offline)
     from unlearn.detect.settings import Settings
     from unlearn.evals.detection.bench import measure, score_labelled
-    from unlearn.evals.detection.scorer import Extras, load_scorer
+    from unlearn.evals.detection.scorer import Extras
     from unlearn.evals.detection.write import write_bench
-    from unlearn.models import ModelSource
 
     extras = Extras(freq, reference)
     settings = Settings(
@@ -138,11 +110,9 @@ def bench(
     columns = (text_field, label_field, cluster)
     texts = _read(data, path, members, nonmembers, columns, max_words, offline)
     with listening() as emit:
-        emit({"event": "stage", "stage": "load"})
-        source = ModelSource(model, offline=offline)
-        scorer, notes = load_scorer(source, settings, extras, [text.text for text in texts])
+        scorer, notes = loaded(emit, model, settings, extras, texts, offline=offline)
         emit({"event": "stage", "stage": "score"})
-        found = score_labelled(texts, scorer, progress=_progress(emit, len(texts)))
+        found = score_labelled(texts, scorer, progress=counting(emit, len(texts)))
         emit({"event": "stage", "stage": "benchmark"})
         result = measure(found, seed=seed, year=year)
     result["checks"]["warnings"] += notes
@@ -189,13 +159,6 @@ def _read(
     return [replace(text, text=" ".join(text.text.split()[:max_words])) for text in texts]
 
 
-def _progress(emit: Any, size: int) -> Any:
-    def tell(done: int) -> None:
-        emit({"event": "progress", "what": "texts", "done": done, "total": size})
-
-    return tell
-
-
 def _plain(settings: Any, max_words: int | None) -> dict[str, Any]:
     return {**vars(settings), "max_words": max_words}
 
@@ -217,7 +180,7 @@ def print_bench(found: dict[str, Any]) -> None:
         table.add_column(title, justify="right")
     for name, one in found["metrics"].items():
         keys = ("auc", "tpr@5%fpr", "tpr@1%fpr", "fpr@95%tpr")
-        table.add_row(name, *(_cell(one[key] if one else {}) for key in keys))
+        table.add_row(name, *(cell(one[key] if one else {}) for key in keys))
     console.print(table)
     _print_groups(console, found)
     for status, count in found["left_out"].items():
@@ -253,7 +216,8 @@ def _print_groups(console: Any, found: dict[str, Any]) -> None:
     console.print(table)
 
 
-def _cell(one: dict[str, Any]) -> str:
+def cell(one: dict[str, Any]) -> str:
+    """Write a figure over its interval; a dash where there is none."""
     if one.get("value") is None:
         return "–"
     return f"{one['value']:.3f}\n[dim]{one['low']:.3f}–{one['high']:.3f}[/]"

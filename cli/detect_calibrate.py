@@ -5,8 +5,15 @@ from typing import Annotated, Any
 
 import typer
 
-from unlearn.cli.detect_bench import TEXTS, BatchTokens, Freq, MaxTokens, TextField
-from unlearn.cli.detect_decide import DECISIONS, Model, conditions, loaded, settings
+from unlearn.cli.detect_decide import DECISIONS, Model, conditions, settings
+from unlearn.cli.detect_options import (
+    BatchTokens,
+    Freq,
+    LabelField,
+    MaxTokens,
+    TextField,
+    loaded,
+)
 from unlearn.cli.entry import Json, Offline, go_offline, say
 from unlearn.cli.progress import listening
 
@@ -39,10 +46,7 @@ def calibrate(
         ),
     ] = False,
     text_field: TextField = None,
-    label_field: Annotated[
-        str | None,
-        typer.Option(metavar="COLUMN", help="Column with 1 or 0.", rich_help_panel=TEXTS),
-    ] = None,
+    label_field: LabelField = None,
     max_tokens: MaxTokens = 512,
     freq: Freq = None,
     batch_tokens: BatchTokens = 8192,
@@ -74,8 +78,7 @@ def calibrate(
     chosen, extras = settings([score], freq, max_tokens, batch_tokens, 0)
     chosen = replace(chosen, k=(k,))
     with listening() as emit:
-        emit({"event": "stage", "stage": "load"})
-        scorer, notes = loaded(model, chosen, extras, [t.text for t in texts], offline)
+        scorer, notes = loaded(emit, model, chosen, extras, texts, offline=offline)
         emit({"event": "stage", "stage": "score"})
         members, others = sides(score_labelled(texts, scorer), score)
     if youden:

@@ -5,7 +5,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from unlearn.cli.detect_bench import TEXTS, BatchTokens, Freq, MaxTokens, Score, Seed, TextField
+from unlearn.cli.detect_options import (
+    TEXTS,
+    BatchTokens,
+    Freq,
+    MaxTokens,
+    Score,
+    Seed,
+    TextField,
+    loaded,
+)
 from unlearn.cli.entry import Json, Offline, go_offline, say
 from unlearn.cli.progress import listening
 
@@ -143,8 +152,7 @@ def decide(
 
         check_request(chosen, len(others), primary=primary, fpr=fpr, fdr=fdr)
     with listening() as emit:
-        emit({"event": "stage", "stage": "load"})
-        scorer, notes = loaded(model, chosen, extras, [t.text for t in texts], offline)
+        scorer, notes = loaded(emit, model, chosen, extras, texts, offline=offline)
         emit({"event": "stage", "stage": "score"})
         if fitted is not None:
             found = _by_threshold(scorer, texts, fitted, str(calibration), force=force)
@@ -200,16 +208,6 @@ def settings(
     return extras.with_scores(settings, scores), extras
 
 
-def loaded(
-    model: str, settings: Any, extras: Any, texts: list[str], offline: bool
-) -> tuple["TextScorer", list[str]]:
-    """Load the model for scoring; also give what is doubtful about the frequency table."""
-    from unlearn.evals.detection.scorer import load_scorer
-    from unlearn.models import ModelSource
-
-    return load_scorer(ModelSource(model, offline=offline), settings, extras, texts)
-
-
 def conditions(scorer: "TextScorer") -> Any:
     """Say what a threshold fitted now would be valid for."""
     from unlearn.detect.thresholds import Conditions
@@ -234,6 +232,8 @@ def _by_threshold(
     scorer: "TextScorer", texts: list[Any], fitted: "Calibration", source: str, *, force: bool
 ) -> dict[str, Any]:
     """Judge texts by a threshold that was fitted before."""
+    import numpy as np
+
     from unlearn.detect import thresholds
     from unlearn.detect.verdict import LIMITS, of_threshold
 
@@ -241,9 +241,7 @@ def _by_threshold(
         thresholds.check_conditions(fitted, conditions(scorer), source=source)
     scored = list(scorer(texts))
     values = [one.scores[fitted.score] for one in scored]
-    called = thresholds.calls(
-        fitted, {fitted.score: [float("nan") if v is None else v for v in values]}
-    )
+    called = thresholds.calls(fitted, {fitted.score: np.array(values, float)})
     names = {True: "member", False: "not_detected"}
     items = [
         one.as_json() | {"decision": None if value is None else names[bool(hit)]}

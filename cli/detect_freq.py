@@ -1,11 +1,13 @@
 """``unlearn detect freq``: token frequency tables for DC-PDD, built from a reference corpus."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from unlearn.cli.entry import Json, Offline, go_offline, say
+from unlearn.cli.progress import Emit, listening
 
 if TYPE_CHECKING:
     from unlearn.detect.frequency import FrequencyTable
@@ -63,15 +65,17 @@ def build(
     check_new_folder(out)
     source = ModelSource(tokenizer, offline=offline)
     loaded = load_tokenizer(source)
-    table = build_table(
-        corpus_texts(corpus, text_field=text_field, mode=mode, offline=offline),  # type: ignore[arg-type]
-        loaded,
-        corpus=Corpus(corpus, language, domain),
-        vocabulary=_vocabulary(source),
-        max_tokens=max_tokens or None,
-        workers=workers,
-        progress=_Counter(quiet=json),
-    )
+    with listening(quiet=json) as emit:
+        emit({"event": "stage", "stage": "count"})
+        table = build_table(
+            corpus_texts(corpus, text_field=text_field, mode=mode, offline=offline),  # type: ignore[arg-type]
+            loaded,
+            corpus=Corpus(corpus, language, domain),
+            vocabulary=_vocabulary(source),
+            max_tokens=max_tokens or None,
+            workers=workers,
+            progress=_counted(emit),
+        )
     table.save(out)
     say(_described(table, loaded) | {"table": str(out)}, json=json, people=_show_table)
 
@@ -115,20 +119,12 @@ def _vocabulary(source: Any) -> int:
         return 0
 
 
-class _Counter:
-    """Says on stderr, now and then, how far the counting is."""
+def _counted(emit: Emit) -> Callable[[int, int], None]:
+    def tell(documents: int, tokens: int) -> None:
+        what = f"counted {documents:,} documents, {tokens:,} tokens"
+        emit({"event": "progress", "what": what, "done": documents, "total": 0})
 
-    def __init__(self, *, quiet: bool) -> None:
-        import time
-
-        self.clock, self.last, self.quiet = time.monotonic, time.monotonic(), quiet
-
-    def __call__(self, documents: int, tokens: int) -> None:
-        import sys
-
-        if not self.quiet and self.clock() - self.last > 2:
-            self.last = self.clock()
-            print(f"counted {documents:,} documents, {tokens:,} tokens", file=sys.stderr)
+    return tell
 
 
 def _described(table: "FrequencyTable", tokenizer: Any) -> dict[str, Any]:

@@ -15,7 +15,9 @@ from unlearn.errors import UserError, did_you_mean
 from unlearn.recipes.section import Section
 
 SAMPLE = 200
-"""Texts that are compared with a frequency table."""
+"""Texts at the start of the input that are compared with a frequency table."""
+PARTED_BY = ("mode", "format", "text_field", "id_field", "encoding", "max_words")
+"""Keys that say how the input is parted into texts."""
 Emit = Callable[[dict[str, Any]], None]
 Names = Annotated[tuple[str, ...], Field(strict=False, min_length=1)]
 Shares = Annotated[tuple[float, ...], Field(strict=False, min_length=1)]
@@ -147,8 +149,7 @@ def check_early(detection: Detection, stream: IO[bytes] | None = None) -> Any:
 
     if detection.input is None:
         raise UserError("no texts were given", "name a file, a folder, or - for standard input")
-    names = ("mode", "format", "text_field", "id_field", "encoding", "max_words")
-    given = {name: getattr(detection, name) for name in names}
+    given = {name: getattr(detection, name) for name in PARTED_BY}
     wanted = {name: value for name, value in given.items() if value is not None}
     neighbours = "neighbour" in (detection.scores or ())
     inputs = Inputs(detection.input, neighbours=neighbours, stream=stream, **wanted)
@@ -195,11 +196,10 @@ def prepare(detection: Detection, inputs: Any, *, emit: Emit, offline: bool) -> 
         UserError: a model, a prefix or a table is missing or does not fit.
     """
     from unlearn.data.people import demo_folder  # noqa: PLC0415
-    from unlearn.detect.engine import TextScorer  # noqa: PLC0415
-    from unlearn.detect.english import table_warnings  # noqa: PLC0415
     from unlearn.detect.settings import SINGLE_PASS  # noqa: PLC0415
     from unlearn.detect.windows import Strides  # noqa: PLC0415
-    from unlearn.evals.detection.scorer import find_table  # noqa: PLC0415
+    from unlearn.evals.detection.scorer import Extras, load_scorer  # noqa: PLC0415
+    from unlearn.models import ModelSource  # noqa: PLC0415
 
     settings = settings_of(detection)
     strides = Strides(detection.window, detection.stride, detection.context)
@@ -212,31 +212,25 @@ def prepare(detection: Detection, inputs: Any, *, emit: Emit, offline: bool) -> 
     for file in inputs.left_out():
         emit({"event": "warning", "message": f"'{file}' is left out: no kind of file we read"})
     emit({"event": "stage", "stage": "load"})
-    model, tokenizer = _load(detection.model or str(demo_folder() / "target"), detection, offline)
-    table = None
-    if "dcpdd" in settings.scores:
-        table = find_table(detection.frequencies, tokenizer)
-        for warning in table_warnings(table, _sample(inputs), tokenizer):
-            emit({"event": "warning", "message": warning})
-    reference = None
-    if "ref" in settings.scores and detection.reference:
-        reference = _load(detection.reference, replace_revision(detection), offline)
-    scorer = TextScorer.of(
-        model,
-        tokenizer,
+    source = ModelSource(
+        detection.model or str(demo_folder() / "target"),
+        dtype=detection.dtype,
+        revision=detection.revision,
+        trust_remote_code=detection.trust_remote_code,
+        offline=offline,
+    )
+    scorer, warnings = load_scorer(
+        source,
         settings,
-        reference=reference,
-        frequencies=table.frequencies() if table else None,
+        Extras(detection.frequencies, detection.reference),
+        _sample(inputs, in_windows) if "dcpdd" in settings.scores else (),
         nonmembers=_shots(detection.prefix, settings.shots),
         members=_shots(detection.member_prefix, settings.shots),
     )
+    for warning in warnings:
+        emit({"event": "warning", "message": warning})
     references = _references(detection, scorer, strides, emit)
     return Prepared(detection, inputs, scorer, strides, in_windows, references)
-
-
-def replace_revision(detection: Detection) -> Detection:
-    """Give the same detection without a revision, which names one of the model alone."""
-    return detection.model_copy(update={"revision": None})
 
 
 def identity(prepared: Prepared) -> dict[str, Any]:
@@ -252,8 +246,7 @@ def identity(prepared: Prepared) -> dict[str, Any]:
         sizes = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
         weights[name] = [path, detection.revision if name == "model" else None, sizes]
     inputs = prepared.inputs
-    names = ("path", "mode", "format", "text_field", "id_field", "encoding", "max_words")
-    given = {name: getattr(inputs, name) for name in names}
+    given = {name: getattr(inputs, name) for name in ("path", *PARTED_BY)}
     others = ("frequencies", "prefix", "member_prefix", "nonmembers", "dtype")
     return {
         **weights,
@@ -285,19 +278,6 @@ def is_document(inputs: Any) -> bool:
     return False
 
 
-def _load(path: str, detection: Detection, offline: bool) -> tuple[Any, Any]:
-    from unlearn.models import ModelSource, load_model, load_tokenizer  # noqa: PLC0415
-
-    source = ModelSource(
-        path,
-        dtype=detection.dtype,
-        revision=detection.revision,
-        trust_remote_code=detection.trust_remote_code,
-        offline=offline,
-    )
-    return load_model(source), load_tokenizer(source)
-
-
 def _shots(path: str | None, most: int) -> list[str]:
     """Give the first texts of a file for a prefix."""
     if path is None:
@@ -309,13 +289,13 @@ def _shots(path: str | None, most: int) -> list[str]:
     return [text.text for text in islice(Inputs(path, mode="rows").texts(), most)]
 
 
-def _sample(inputs: Any) -> list[str]:
+def _sample(inputs: Any, in_windows: bool) -> list[str]:
     """Give some of the texts, to be compared with a frequency table; a stream is left alone."""
     from itertools import islice  # noqa: PLC0415
 
     if inputs.is_stream:
         return []
-    if is_document(inputs):
+    if in_windows:
         return ["".join(islice(pieces, 1)) for _, pieces in islice(inputs.documents(), 4)]
     return [text.text for text in islice(inputs.texts(), SAMPLE)]
 

@@ -11,7 +11,6 @@ from unlearn.detect.decisions import judge_file
 from unlearn.detect.engine import number
 from unlearn.detect.output import Output, output
 from unlearn.detect.spans import FPR, Profile, primary_score
-from unlearn.detect.text import ScoredText
 from unlearn.detect.verdict import of_file
 from unlearn.detect.windows import Window, score_windows
 from unlearn.recipes.detection import Emit, Prepared, identity
@@ -109,11 +108,7 @@ def _texts(
         for _ in islice(texts, file.done):
             pass
     for block in prepared.scorer.blocks(texts):
-        yield [(_row(one), one.text) for one in block]
-
-
-def _row(one: ScoredText) -> dict[str, Any]:
-    return one.as_json()
+        yield [(one.as_json(), one.text) for one in block]
 
 
 def _documents(

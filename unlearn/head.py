@@ -125,16 +125,14 @@ class VocabularyHead:
 
 def read_logits(logits: Tensor, targets: Tensor, want: Collection[str]) -> dict[str, Tensor]:
     """Read one target per row of logits; see :meth:`VocabularyHead.read`."""
-    found = {}
-    if "statistics" not in want:
+    found: dict[str, Tensor] = {}
+    if "statistics" in want:
+        peak = logits.detach().amax(-1, keepdim=True)
+        found |= vars(_statistics(logits.detach(), peak))
+        if not logits.requires_grad:  # then no log-softmax is laid out
+            found["log_probs"] = (logits.gather(-1, targets[:, None]) - peak)[:, 0] + found["top"]
+    if "log_probs" not in found:
         found["log_probs"] = logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0]
-    elif logits.requires_grad:
-        found["log_probs"] = logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0]
-        found |= vars(vocabulary_statistics(logits.detach()))
-    else:
-        statistics = vocabulary_statistics(logits)
-        shifted = logits.gather(-1, targets[:, None])[:, 0] - logits.amax(-1)
-        found = {"log_probs": shifted + statistics.top} | vars(statistics)
     if "correct" in want:
         found["correct"] = logits.argmax(-1) == targets
     return found
@@ -160,7 +158,11 @@ def vocabulary_statistics(logits: Float[Tensor, "*positions vocab"]) -> Vocabula
     log-softmax is laid out, and sums over the vocabulary stay exact to single precision
     (``log_softmax`` on a CPU is off by 2e-5 at 128,000 tokens).
     """
-    shifted = logits - logits.amax(-1, keepdim=True)
+    return _statistics(logits, logits.amax(-1, keepdim=True))
+
+
+def _statistics(logits: Tensor, peak: Tensor) -> VocabularyStatistics:
+    shifted = logits - peak
     weights = shifted.exp()
     total = weights.sum(-1)
     shifted.clamp_min_(LEAST_LOG_PROB)  # a masked token: 0 times minus infinity is to be 0

@@ -103,10 +103,10 @@ def verdict(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 def sides_of(
     rows: Sequence[Mapping[str, float | None]], forget: int
-) -> dict[str, tuple[list[float], list[float]]]:
-    """Turn rows of scores, the first ``forget`` of them of the forget set, into sides per score."""
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Turn rows of scores, the first ``forget`` of them of the forget set, into sides per score.
 
-    def values(part: Sequence[Mapping[str, float | None]], name: str) -> list[float]:
-        return [np.nan if (value := row[name]) is None else value for row in part]
-
-    return {name: (values(rows[:forget], name), values(rows[forget:], name)) for name in rows[0]}
+    A score that a text has not is NaN.
+    """
+    columns = {name: np.array([row[name] for row in rows], float) for name in rows[0]}
+    return {name: (column[:forget], column[forget:]) for name, column in columns.items()}

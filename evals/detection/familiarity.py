@@ -5,15 +5,15 @@ privacy. The texts are scored as they stand, without question or chat template, 
 who knows nothing of how the model was trained on them.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from unlearn.data.sources import load_any_rows
+from unlearn.detect.corpus import text_of
 from unlearn.detect.engine import TextScorer
 from unlearn.detect.roc import auc, auc_draws, interval
 from unlearn.detect.settings import Settings
-from unlearn.errors import UserError
 from unlearn.evals.benchmark import Metric, Progress, Record, Result
 from unlearn.evals.detection.bench import ranked, score_labelled, sides
 from unlearn.evals.detection.labelled import LabelledText
@@ -21,6 +21,7 @@ from unlearn.evals.detection.labelled import LabelledText
 SCORES = ("loss", "zlib", "mink", "minkpp", "gapk")
 FIELDS = ("text", "answer", "completion", "input", "snippet", "content")
 """Columns that are taken for the text when none is named, in this order."""
+KEY = "evals.familiarity.text_field"
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,9 @@ class Familiarity:
             UserError: a source cannot be read, or has no column with a text.
         """
         texts = [
-            LabelledText(_text(row, text_field, f"row {number} of '{source}'"), member)
+            LabelledText(
+                text_of(row, text_field, FIELDS, f"row {number} of '{source}'", KEY), member
+            )
             for source, member in ((forget, True), (holdout, False))
             for number, row in enumerate(load_any_rows(source, offline=offline)[:max_rows], start=1)
         ]
@@ -86,13 +89,3 @@ class Familiarity:
         ]
         settings = {"scores": self.settings.scores, "max_tokens": self.settings.max_tokens}
         return Result(self.name, self.version, metrics, records, settings)
-
-
-def _text(row: Mapping[str, Any], named: str | None, place: str) -> str:
-    column = named or next((name for name in FIELDS if name in row), None)
-    if column is None or not isinstance(row.get(column), str):
-        raise UserError(
-            f"{place} has no text in {column or ', '.join(FIELDS)}",
-            f"name one with evals.familiarity.text_field; the columns are {', '.join(row)}",
-        )
-    return str(row[column])

@@ -40,9 +40,18 @@ class Extras:
 
 
 def load_scorer(
-    source: ModelSource, settings: Settings, extras: Extras, texts: Sequence[str] = ()
+    source: ModelSource,
+    settings: Settings,
+    extras: Extras,
+    texts: Sequence[str] = (),
+    *,
+    nonmembers: Sequence[str] = (),
+    members: Sequence[str] = (),
 ) -> tuple[TextScorer, list[str]]:
     """Load a model for scoring; also say what is doubtful about its table for these texts.
+
+    The reference model is loaded as the model is, save its revision. ``nonmembers`` and ``members``
+    are texts for the prefixes of ReCaLL and Con-ReCaLL.
 
     Raises:
         UserError: the model, the table or the reference cannot be used.
@@ -52,7 +61,7 @@ def load_scorer(
     model = load_model(source)
     reference = None
     if extras.reference and "ref" in settings.scores:
-        other = ModelSource(extras.reference, dtype=source.dtype, offline=source.offline)
+        other = replace(source, path=extras.reference, revision=None)
         reference = (load_model(other), load_tokenizer(other))
     scorer = TextScorer.of(
         model,
@@ -60,9 +69,11 @@ def load_scorer(
         settings,
         reference=reference,
         frequencies=table.frequencies() if table else None,
+        nonmembers=nonmembers,
+        members=members,
     )
     some = texts[:: max(1, len(texts) // LOOKED_AT)]
-    return scorer, table_warnings(table, some, tokenizer) if table and some else []
+    return scorer, table_warnings(table, some, tokenizer) if table else []
 
 
 def find_table(name: str | None, tokenizer: object) -> FrequencyTable:

@@ -11,10 +11,7 @@ from unlearn.detect.spans import FPR, Profile
 from unlearn.evals.report.page import render
 from unlearn.runs import write_atomic
 
-LEVELS = {
-    "p": (0.5, 0.2, FPR, 0.01),
-    "rank": (0.5, 0.2, FPR, 0.01),
-}
+LEVELS = (0.5, 0.2, FPR, 0.01)
 """Bounds below which a passage gets the next darker colour."""
 EXCERPT = 240
 """Characters shown of a passage in the list."""
@@ -73,7 +70,7 @@ def segments(text: str, profile: Profile) -> list[Segment]:
         last = int(np.searchsorted(starts, begin, side="right"))
         covering = tail[first:last]
         value = float(np.exp(np.nanmean(covering))) if np.isfinite(covering).any() else 1.0
-        level = sum(value <= bound for bound in LEVELS[profile.basis])
+        level = sum(value <= bound for bound in LEVELS)
         title = _title(profile, first, last, value)
         found.append(Segment(text[begin:end], level, title, anchors.get(begin, "")))
     return found
@@ -89,9 +86,7 @@ def _title(profile: Profile, first: int, last: int, value: float) -> str:
 
 
 def _legend(basis: str) -> list[tuple[int, str]]:
-    bounds = LEVELS[basis]
-    kind = "p at most" if basis == "p" else "top"
-    words = [f"{kind} {bound:g}" if basis == "p" else f"{kind} {bound:.0%}" for bound in bounds]
+    words = [f"p at most {bound:g}" if basis == "p" else f"top {bound:.0%}" for bound in LEVELS]
     return [(0, "usual"), *enumerate(words, start=1)]
 
 

@@ -1,6 +1,6 @@
 """The documents of a reference corpus as a stream: local files of any size, or a hub dataset."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,23 @@ def corpus_texts(
     yield from _streamed(source, spec, text_field)
 
 
+def text_of(
+    row: Mapping[str, Any], named: str | None, fields: Sequence[str], place: str, option: str
+) -> str:
+    """Give the text of a row: the column that was named, else the first of ``fields`` there is.
+
+    Raises:
+        UserError: there is none, or it is no text; ``option`` is where one is named.
+    """
+    field = named or next((name for name in fields if name in row), None)
+    if field is None or not isinstance(row.get(field), str):
+        raise UserError(
+            f"{place} has no text in {field or ', '.join(fields)}",
+            f"name one with {option}; the columns are {', '.join(row)}",
+        )
+    return str(row[field])
+
+
 def _streamed(source: Source, spec: str, text_field: str | None) -> Iterator[str]:
     import datasets  # noqa: PLC0415 - a second to import, and only hub datasets need it
 
@@ -41,13 +58,7 @@ def _streamed(source: Source, spec: str, text_field: str | None) -> Iterator[str
         split = source.split or "train"
         rows: Any = datasets.load_dataset(source.path, source.config, split=split, streaming=True)
         for number, row in enumerate(rows, start=1):
-            field = text_field or next((name for name in FIELDS if name in row), None)
-            if field is None or not isinstance(row.get(field), str):
-                raise UserError(
-                    f"row {number} of '{spec}' has no text in {field or ', '.join(FIELDS)}",
-                    f"name one with --text-field; the columns are {', '.join(row)}",
-                )
-            yield row[field]
+            yield text_of(row, text_field, FIELDS, f"row {number} of '{spec}'", "--text-field")
     except (OSError, ValueError, ConnectionError) as error:
         cause = str(error).strip().partition("\n")[0][:200]
         raise UserError(

@@ -19,7 +19,7 @@ from torch import Tensor
 from unlearn.data import IGNORE, Example, pad_token_id
 from unlearn.detect import single_pass
 from unlearn.detect.prefixes import Prefix
-from unlearn.detect.settings import SINGLE_PASS, STATISTICS, Settings
+from unlearn.detect.settings import SINGLE_PASS, Settings
 from unlearn.detect.several_passes import (
     con_recall,
     lowercase_ratio,
@@ -163,9 +163,8 @@ class TextScorer:
 
     def _single_pass(self, encoded: Sequence[Encoded], found: list[dict[str, float]]) -> None:
         """Fill in what the pass over the texts themselves tells."""
-        rows = [_labelled(one.ids, row) for row, one in enumerate(encoded)]
-        want = ("statistics",) if STATISTICS & set(self.settings.scores) else ()
-        for places, scores in self.side.groups(rows, want):
+        rows = [labelled(one.ids, row) for row, one in enumerate(encoded)]
+        for places, scores in self.side.groups(rows, self.settings.readings):
             columns = self.columns(scores, [encoded[place].text for place in places])
             for name, column in columns.items():
                 for place, value in zip(places, column.tolist(), strict=True):
@@ -214,7 +213,7 @@ class TextScorer:
         if "ref" in chosen:
             assert self.reference is not None
             other = self.reference.tokenizer(kept)
-            means = self.reference.means([_labelled(one.ids, 0) for one in other])
+            means = self.reference.means([labelled(one.ids, 0) for one in other])
             columns["ref"] = reference_difference(main, torch.tensor(means))
         if self.prefixes:
             after = {
@@ -246,7 +245,7 @@ class TextScorer:
         found = main.clone()
         if places:
             encoded = self.side.tokenizer([lowered[place] for place in places])
-            means = self.side.means([_labelled(one.ids, 0) for one in encoded])
+            means = self.side.means([labelled(one.ids, 0) for one in encoded])
             found[places] = torch.tensor(means)
         return found
 
@@ -256,7 +255,7 @@ class TextScorer:
         found = torch.full((len(texts), max(1, *map(len, texts))), math.nan)
         if flat:
             encoded = self.side.tokenizer([texts[row][place] for row, place in flat])
-            rows = [_labelled(one.ids, 0) for one in encoded]
+            rows = [labelled(one.ids, 0) for one in encoded]
             for places, scores in self.side.groups(rows, ()):
                 for place, value in zip(places, read(scores).tolist(), strict=True):
                     found[flat[place]] = value
@@ -281,7 +280,8 @@ def number(value: float) -> float | None:
     return float(f"{value:.7g}") if math.isfinite(value) else None
 
 
-def _labelled(ids: list[int], row: int) -> Example:
+def labelled(ids: list[int], row: int) -> Example:
+    """Make every id after the first one count."""
     return Example(ids or [0], [IGNORE, *ids[1:]], min(1, len(ids)), row)
 
 

@@ -149,8 +149,7 @@ def with_dataset_test(found: Judgement) -> Judgement:
 
 
 def _values(scored: Sequence[ScoredText], name: str) -> ndarray:
-    values = [one.scores[name] for one in scored]
-    return np.array([np.nan if value is None else value for value in values])
+    return np.array([one.scores[name] for one in scored], float)  # None becomes NaN
 
 
 def _p_values(

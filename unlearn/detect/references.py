@@ -9,9 +9,8 @@ import torch
 from jaxtyping import Float
 from numpy import ndarray
 
-from unlearn.data import IGNORE, Example
-from unlearn.detect.engine import TextScorer
-from unlearn.detect.settings import SINGLE_PASS, STATISTICS, Settings
+from unlearn.detect.engine import TextScorer, labelled
+from unlearn.detect.settings import SINGLE_PASS, Settings
 from unlearn.detect.tokens import Encoded
 from unlearn.errors import UserError
 from unlearn.scores import Scores
@@ -42,10 +41,9 @@ class References:
         encoded = [one for one in scorer.side.tokenizer(texts) if len(one.ids) > 1]
         if not encoded:
             raise UserError("no reference text has a token to score", "give longer texts")
-        rows = [Example(one.ids, [IGNORE, *one.ids[1:]], 1, n) for n, one in enumerate(encoded)]
-        want = ("statistics",) if STATISTICS & set(scorer.settings.scores) else ()
+        rows = [labelled(one.ids, n) for n, one in enumerate(encoded)]
         with scorer.side.ready():
-            groups = list(scorer.side.groups(rows, want))
+            groups = list(scorer.side.groups(rows, scorer.settings.readings))
         return cls(scorer, encoded, groups)
 
     @property

@@ -81,6 +81,11 @@ class Settings:
         return tuple(found)
 
     @property
+    def readings(self) -> tuple[str, ...]:
+        """Say what the scores need to know of every token beside its log-probability."""
+        return ("statistics",) if STATISTICS & set(self.scores) else ()
+
+    @property
     def prefixes(self) -> frozenset[str]:
         """Say which prefixes the scores need."""
         needed = {"recall": {"nonmembers"}, "conrecall": {"nonmembers", "members"}}

@@ -64,8 +64,8 @@ class Profile:
         if windows:
             self.parts.append(np.array([self._numbers(one) for one in windows], float))
 
-    def _numbers(self, one: Window) -> tuple[int | float, ...]:
-        value, p = _known(one.scores.get(self.score)), _known(one.p.get(self.score))
+    def _numbers(self, one: Window) -> tuple[int | float | None, ...]:
+        value, p = one.scores.get(self.score), one.p.get(self.score)  # None becomes NaN
         return one.start, one.end, one.start_token, one.num_tokens, value, p
 
     @property
@@ -127,7 +127,3 @@ class Profile:
         tokens = int(last[2] + last[3]) - token
         p = float(np.nanmin(rows[:, 5])) if self.is_calibrated else None
         return Span(start, end, token, tokens, len(rows), float(np.nanmax(rows[:, 4])), p)
-
-
-def _known(value: float | None) -> float:
-    return float("nan") if value is None else value
