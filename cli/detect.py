@@ -1,14 +1,14 @@
 """``detect-pretraining`` and ``unlearn detect``: was this text in a model's training data?"""
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, TextIO
 
 import typer
 
 from unlearn.cli import detect_audit, detect_bench, detect_calibrate, detect_decide, detect_freq
+from unlearn.cli.detect_options import explaining_stops
 from unlearn.cli.entry import Json, Offline, go_offline, guarded
 from unlearn.cli.progress import listening
 
@@ -27,12 +27,17 @@ class ScoreByDefault(typer.core.TyperGroup):
             args = ["score", *args]
         return list(super().parse_args(ctx, args))
 
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Name the commands, and below them show how to score: what most people came for."""
+        super().format_help(ctx, formatter)
+        score = self.commands["score"]
+        score.format_help(score.context_class(score, info_name="score", parent=ctx), formatter)
+
 
 app = typer.Typer(
     cls=ScoreByDefault,
     help="Was a text in a model's training data? `detect-pretraining FILE --model MODEL` scores "
-    "texts; higher means more likely.",
-    epilog="Example: [bold]detect-pretraining passages.jsonl --model models/target --json[/bold]",
+    "texts; higher means more likely. Its options are shown below.",
     rich_markup_mode="rich",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -222,25 +227,28 @@ def _score(
     offline: bool,
     json: bool,
 ) -> tuple[Any, Any]:
-    from unlearn.errors import UserError
+    from unlearn.detect.output import check_absent, part_file
     from unlearn.recipes.detection import Detection, check_early, load_detection, prepare
+    from unlearn.recipes.heatmaps import check_html, write_heatmaps
 
     emit({"event": "stage", "stage": "texts"})
-    if out is not None and out.exists():
-        raise UserError(f"'{out}' already exists", "choose another --out, or remove it")
     keys = Detection.model_fields.keys() & given.keys()
     changes = {key: given[key] for key in keys if given[key] not in (None, (), [])}
     detection = load_detection(str(recipe) if recipe else None, changes)
+    if out is not None:
+        check_absent(out)
     inputs = check_early(detection, _stdin() if detection.input == "-" else None)
+    check_html(html, inputs)
     go_offline(offline)
     from unlearn.cli.scores import Printer
     from unlearn.recipes.detection_run import detect
-    from unlearn.recipes.heatmaps import check_html, write_heatmaps
 
     prepared = prepare(detection, inputs, emit=emit, offline=offline)
-    check_html(html, prepared)
     printer = Printer(real, prepared, json=json, silent=out is not None)
-    with _explaining_stops(out):
+    hint = "nothing was kept; with --out FILE the same command goes on where it stopped"
+    if out is not None:
+        hint = f"the same command goes on; rows so far are in '{part_file(out)}'"
+    with explaining_stops(hint):
         summary = detect(prepared, emit=emit, out=out, show=printer.show, keep=html is not None)
     if html is not None:
         write_heatmaps(html, prepared, summary)
@@ -249,22 +257,6 @@ def _score(
 
 def _stdin() -> Any:
     return sys.stdin.buffer
-
-
-@contextmanager
-def _explaining_stops(out: Path | None) -> Iterator[None]:
-    """Say how to go on, when a person stops the work."""
-    from unlearn.cli.entry import Halt
-    from unlearn.detect.output import part_file
-    from unlearn.errors import Interrupted
-
-    try:
-        yield
-    except (Halt, KeyboardInterrupt) as error:
-        hint = "nothing was kept; with --out FILE the same command goes on where it stopped"
-        if out is not None:
-            hint = f"the same command goes on; rows so far are in '{part_file(out)}'"
-        raise Interrupted("stopped on request", hint) from error
 
 
 app.command(epilog=detect_bench.EPILOG)(detect_bench.bench)

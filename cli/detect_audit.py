@@ -15,11 +15,13 @@ from unlearn.cli.detect_options import (
     Score,
     Seed,
     TextField,
-    counting,
     loaded,
+    scored,
+    warn,
 )
 from unlearn.cli.entry import Json, Offline, go_offline, say
 from unlearn.cli.progress import listening
+from unlearn.cli.recipe_option import RecipeFile
 
 EPILOG = (
     "Example: [bold]unlearn detect audit --model models/target --against runs/a/model "
@@ -62,6 +64,7 @@ def audit(
     out: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="New folder for the tables.")
     ] = None,
+    recipe: RecipeFile = None,
     offline: Offline = False,
     json: Json = False,
 ) -> None:
@@ -91,6 +94,7 @@ def audit(
     texts = read_sides(forget, holdout, text_field=text_field, offline=offline)
     used = {who: path for who, path in models.items() if path is not None}
     with listening() as emit:
+        warn(emit, extras.missing(scores))
         found = _audit(used, texts, settings, extras, emit, offline=offline)
     found |= {"models": used, "data": {"forget": forget, "holdout": holdout}}
     found |= {"settings": {**vars(settings)}}
@@ -112,15 +116,14 @@ def _audit(
     """Score the same texts under one model after the other and compare."""
     from unlearn.detect.blind import blind_baseline
     from unlearn.evals.detection.audit import FORMAT, audit, sides_of, verdict
-    from unlearn.evals.detection.bench import ranked, score_labelled
+    from unlearn.evals.detection.bench import ranked
 
     sizes = sum(text.member for text in texts)
     sides: dict[str, Any] = {}
     notes: list[str] = []
     for who, path in models.items():
         scorer, notes = loaded(emit, path, settings, extras, texts, offline=offline)
-        emit({"event": "stage", "stage": "score", "name": who})
-        found = score_labelled(texts, scorer, progress=counting(emit, len(texts)))
+        found = scored(emit, texts, scorer, name=who)
         names = ranked(found)
         sides[who] = sides_of([{n: one.scores[n] for n in names} for one in found], sizes)
     compared = audit(sides["before"], sides["after"], sides.get("retain_model"), seed=settings.seed)

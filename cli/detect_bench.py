@@ -17,11 +17,13 @@ from unlearn.cli.detect_options import (
     Score,
     Seed,
     TextField,
-    counting,
     loaded,
+    scored,
+    warn,
 )
 from unlearn.cli.entry import Json, Offline, go_offline, say
 from unlearn.cli.progress import listening
+from unlearn.cli.recipe_option import RecipeFile
 
 EPILOG = (
     "Example: [bold]unlearn detect bench --data wikimia:64 --model EleutherAI/pythia-2.8b "
@@ -82,6 +84,7 @@ def bench(
     out: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="New folder for tables and ROC plot.")
     ] = None,
+    recipe: RecipeFile = None,
     offline: Offline = False,
     json: Json = False,
 ) -> None:
@@ -98,7 +101,7 @@ def bench(
         check_new(out)
     go_offline(offline)
     from unlearn.detect.settings import Settings
-    from unlearn.evals.detection.bench import measure, score_labelled
+    from unlearn.evals.detection.bench import measure
     from unlearn.evals.detection.scorer import Extras
     from unlearn.evals.detection.write import write_bench
 
@@ -110,9 +113,9 @@ def bench(
     columns = (text_field, label_field, cluster)
     texts = _read(data, path, members, nonmembers, columns, max_words, offline)
     with listening() as emit:
+        warn(emit, extras.missing(scores))
         scorer, notes = loaded(emit, model, settings, extras, texts, offline=offline)
-        emit({"event": "stage", "stage": "score"})
-        found = score_labelled(texts, scorer, progress=counting(emit, len(texts)))
+        found = scored(emit, texts, scorer)
         emit({"event": "stage", "stage": "benchmark"})
         result = measure(found, seed=seed, year=year)
     result["checks"]["warnings"] += notes

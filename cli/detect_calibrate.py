@@ -13,9 +13,11 @@ from unlearn.cli.detect_options import (
     MaxTokens,
     TextField,
     loaded,
+    scored,
 )
 from unlearn.cli.entry import Json, Offline, go_offline, say
 from unlearn.cli.progress import listening
+from unlearn.cli.recipe_option import RecipeFile
 
 CALIBRATE = (
     "Example: [bold]unlearn detect calibrate labelled.jsonl --model models/target --score minkpp "
@@ -50,6 +52,7 @@ def calibrate(
     max_tokens: MaxTokens = 512,
     freq: Freq = None,
     batch_tokens: BatchTokens = 8192,
+    recipe: RecipeFile = None,
     offline: Offline = False,
     json: Json = False,
 ) -> None:
@@ -71,7 +74,7 @@ def calibrate(
 
     from unlearn.detect import thresholds
     from unlearn.detect.verdict import of_threshold
-    from unlearn.evals.detection.bench import score_labelled, sides
+    from unlearn.evals.detection.bench import measure, sides
     from unlearn.evals.detection.labelled import Columns, read_labelled
 
     texts = read_labelled(data, columns=Columns(text_field, label_field), offline=offline)
@@ -79,8 +82,9 @@ def calibrate(
     chosen = replace(chosen, k=(k,))
     with listening() as emit:
         scorer, notes = loaded(emit, model, chosen, extras, texts, offline=offline)
-        emit({"event": "stage", "stage": "score"})
-        members, others = sides(score_labelled(texts, scorer), score)
+        labelled = scored(emit, texts, scorer)
+        checks = measure(labelled)["checks"]
+    members, others = sides(labelled, score)
     if youden:
         fitted = thresholds.youden(members, others)
     elif tpr is not None:
@@ -89,7 +93,8 @@ def calibrate(
         fitted = thresholds.at_fpr(others, 0.05 if fpr is None else fpr, members=members)
     found = thresholds.Calibration(score, _hyper(chosen), fitted, conditions(scorer))
     thresholds.save(found, out)
-    told = {"calibration": asdict(found), "words": of_threshold(fitted), "notes": notes}
+    checks["warnings"] += notes
+    told = {"calibration": asdict(found), "words": of_threshold(fitted), "checks": checks}
     say(told | {"out": str(out)}, json=json, people=_print_threshold)
 
 
@@ -100,6 +105,6 @@ def _hyper(settings: Any) -> dict[str, Any]:
 
 def _print_threshold(found: dict[str, Any]) -> None:
     print(found["words"])
-    for text in found["notes"]:
+    for text in found["checks"]["warnings"]:
         print(f"warning: {text}")
     print(f"calibration {found['out']}")

@@ -17,6 +17,7 @@ from unlearn.cli.detect_options import (
 )
 from unlearn.cli.entry import Json, Offline, go_offline, say
 from unlearn.cli.progress import listening
+from unlearn.cli.recipe_option import RecipeFile
 
 if TYPE_CHECKING:
     from unlearn.detect.engine import TextScorer
@@ -121,6 +122,7 @@ def decide(
     freq: Freq = None,
     seed: Seed = 0,
     batch_tokens: BatchTokens = 8192,
+    recipe: RecipeFile = None,
     offline: Offline = False,
     json: Json = False,
 ) -> None:
@@ -267,16 +269,16 @@ def _print_decisions(found: dict[str, Any]) -> None:
 
     console = Console(highlight=False)
     table = Table(title=f"by {found['primary']}", **PLAIN)
-    for title in ("id", "tokens", "score", "p", "q", "decision"):
+    compared = any("p" in item for item in found["items"])  # a threshold gives no p
+    for title in ("id", "tokens", "score", *(("p", "q") if compared else ()), "decision"):
         table.add_column(title, justify="left" if title in ("id", "decision") else "right")
     for item in found["items"]:
-        p = item.get("p", {}).get(found["primary"])
+        ps = (item["p"].get(found["primary"]), item.get("q")) if compared else ()
         table.add_row(
             escape(str(item["id"])),
             str(item["n_tokens"]),
             _number(item["scores"][found["primary"]]),
-            _number(p),
-            _number(item.get("q")),
+            *map(_number, ps),
             (item["decision"] or "no decision").replace("_", " "),
         )
     console.print(table)
@@ -288,8 +290,7 @@ def _print_decisions(found: dict[str, Any]) -> None:
         )
     for text in (*found["checks"]["warnings"], *found["notes"]):
         console.print(f"[yellow]warning:[/] {escape(text)}")
-    for line in found["limits"]:
-        console.print(escape(line), style="dim")
+    console.print(escape(" ".join(found["limits"])), style="dim")
 
 
 def _number(value: float | None) -> str:

@@ -8,6 +8,7 @@ import typer
 
 from unlearn.cli.entry import Json, Offline, go_offline, say
 from unlearn.cli.progress import Emit, listening
+from unlearn.cli.recipe_option import RecipeFile
 
 if TYPE_CHECKING:
     from unlearn.detect.frequency import FrequencyTable
@@ -44,6 +45,7 @@ def build(
     workers: Annotated[int, typer.Option(min=1, help="Processes that tokenise.")] = 1,
     language: Annotated[str, typer.Option(help="A note for readers of the table.")] = "",
     domain: Annotated[str, typer.Option(help="A note for readers of the table.")] = "",
+    recipe: RecipeFile = None,
     offline: Offline = False,
     json: Json = False,
 ) -> None:

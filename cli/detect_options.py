@@ -1,6 +1,7 @@
 """What the commands of ``unlearn detect`` that compare texts share: options, loading, progress."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -10,6 +11,8 @@ from unlearn.cli.progress import Emit
 if TYPE_CHECKING:
     from unlearn.detect.engine import TextScorer
     from unlearn.detect.settings import Settings
+    from unlearn.evals.detection.bench import Scored
+    from unlearn.evals.detection.labelled import LabelledText
     from unlearn.evals.detection.scorer import Extras
 
 TEXTS, SCORES = "The texts", "The scores"
@@ -75,10 +78,34 @@ def loaded(
     return load_scorer(source, settings, extras, [text.text for text in texts])
 
 
-def counting(emit: Emit, size: int) -> Callable[[int], None]:
-    """Give a function that is told how many of the texts are done."""
+def scored(
+    emit: Emit, texts: "Sequence[LabelledText]", scorer: "TextScorer", **stage: str
+) -> "list[Scored]":
+    """Score labelled texts, with progress; what is done outlives a stop."""
+    from unlearn.evals.detection.bench import score_labelled
+    from unlearn.runs import cache_folder
 
     def tell(done: int) -> None:
-        emit({"event": "progress", "what": "texts", "done": done, "total": size})
+        emit({"event": "progress", "what": "texts", "done": done, "total": len(texts)})
 
-    return tell
+    emit({"event": "stage", "stage": "score", **stage})
+    with explaining_stops("the scores so far are kept; the same command goes on"):
+        return score_labelled(texts, scorer, folder=cache_folder(), progress=tell)
+
+
+@contextmanager
+def explaining_stops(hint: str) -> Iterator[None]:
+    """Say how to go on, when a person stops the work."""
+    from unlearn.cli.entry import Halt
+    from unlearn.errors import Interrupted
+
+    try:
+        yield
+    except (Halt, KeyboardInterrupt) as error:
+        raise Interrupted("stopped on request", hint) from error
+
+
+def warn(emit: Emit, messages: Sequence[str]) -> None:
+    """Show warnings before the work begins."""
+    for message in messages:
+        emit({"event": "warning", "message": message})

@@ -1,6 +1,7 @@
 """What every command shares: exit codes, the --json and --offline options, one way to print.
 
-Exit codes: 0 ok, 1 failed, 2 user mistake, 75 interrupted and resumable.
+Exit codes: 0 ok, 1 failed, 2 user mistake, 75 interrupted and resumable, 141 the reader of our
+output has gone (`… | head -1`), as for every program that a broken pipe ends.
 """
 
 import atexit
@@ -44,7 +45,7 @@ Offline = Annotated[
     ),
 ]
 
-OK, FAILED, MISTAKE, INTERRUPTED = 0, 1, 2, 75
+OK, FAILED, MISTAKE, INTERRUPTED, PIPE_BROKEN = 0, 1, 2, 75, 141
 WORDS = {FAILED: "failed", MISTAKE: "error", INTERRUPTED: "interrupted"}
 FULL_DISK = ("No space left on device", "PytorchStreamWriter failed", "inline_container.cc")
 """How a full disk reads: from the system, and from torch, which does not pass the cause on."""
@@ -82,7 +83,7 @@ def guarded(app: Callable[..., Any]) -> None:
             launch.leave(code or OK)
         except BrokenPipeError:  # the reader of our output has gone: nothing is left to say
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            code = FAILED
+            code = PIPE_BROKEN
         except SystemExit as error:  # typer's own, for a reader of the help that has gone
             code = error.code if isinstance(error.code, int) else FAILED
         except BaseException as error:

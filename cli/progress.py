@@ -123,6 +123,16 @@ def remaining(event: dict[str, Any], first: dict[str, Any]) -> float:
     return event["seconds"] / seen * (event["of"] - event["step"])
 
 
+def share_done(event: dict[str, Any]) -> str:
+    """Write how much is done: "3/8", of bytes "40 % of 1.2 GiB"; nothing without a known end."""
+    done, total = event["done"], event["total"]
+    if not total:
+        return ""
+    if event.get("unit") == "bytes":
+        return f"{100 * done // total} % of {size(total)}"
+    return f"{done}/{total}"
+
+
 def sparkline(values: Sequence[float], width: int = 32, top: float | None = None) -> str:
     """Draw losses in one line of blocks, from 0 to ``top`` (default: the largest)."""
     picks = values
@@ -139,12 +149,14 @@ class PlainLines:
     def __init__(self, seconds: float = 2.0) -> None:
         self.seconds = seconds
         self.last = 0.0
+        self.before = ""
         self.first: dict[str, Any] | None = None
 
     def show(self, event: dict[str, Any]) -> None:
         line = self._line(event)
-        if line:
+        if line and line != self.before:
             print(line, file=sys.stderr, flush=True)
+        self.before = line or self.before
 
     def _line(self, event: dict[str, Any]) -> str:
         kind = event["event"]
@@ -160,8 +172,7 @@ class PlainLines:
         if kind not in ("step", "progress") or not self._due(event):
             return ""
         if kind == "progress":
-            of = f" {event['done']}/{event['total']}" if event["total"] else ""
-            return f"  {event['what']}{of}"
+            return f"  {event['what']} {share_done(event)}".rstrip()
         self.first = self.first or event
         numbers = ", ".join(f"{key} {value:.3f}" for key, value in readings(event).items())
         left = clock(remaining(event, self.first))
@@ -186,7 +197,7 @@ class LivePanel:
         self.spinner = Spinner("dots")  # one for all frames: a new one would never turn
         self.stage = ""
         self.detail = ""
-        self.done, self.total = 0, 0
+        self.done, self.total, self.share = 0, 0, ""
         self.first: dict[str, Any] | None = None
         self.series: dict[str, list[float]] = {}
         self.started = time.monotonic()
@@ -205,6 +216,7 @@ class LivePanel:
             self.stage, self.started = describe(event), time.monotonic()
         elif kind == "progress":
             self.detail, self.done, self.total = event["what"], event["done"], event["total"]
+            self.share = share_done(event)
         elif kind == "step":
             self._step(event)
         elif kind == "metrics":
@@ -229,13 +241,14 @@ class LivePanel:
             if self.series:
                 self.console.print(self._curves())
         self.stage = self.detail = ""
-        self.done = self.total = 0
+        self.done, self.total, self.share = 0, 0, ""
         self.first = None
         self.series = {}
 
     def _step(self, event: dict[str, Any]) -> None:
         self.first = self.first or event
         self.done, self.total = event["step"], event["of"]
+        self.share = f"{self.done}/{self.total}"
         left, memory = clock(remaining(event, self.first)), size(event["memory_bytes"])
         self.detail = f"{left} left · peak memory {memory}"
         for name, value in readings(event).items():
@@ -266,6 +279,6 @@ class LivePanel:
         head = Table.grid(padding=(0, 1))
         row: list[Any] = [" ", self.spinner, f"[bold]{self.stage}[/]"]
         if self.total:
-            row += [ProgressBar(self.total, self.done, width=20), f"{self.done}/{self.total}"]
+            row += [ProgressBar(self.total, self.done, width=20), self.share]
         head.add_row(*row, f"[dim]{self.detail}[/]")
         return Group(head, self._curves()) if self.series else head

@@ -209,8 +209,8 @@ def prepare(detection: Detection, inputs: Any, *, emit: Emit, offline: bool) -> 
         settings = replace(settings, scores=chosen)
     if detection.model is None:
         emit({"event": "warning", "message": DEFAULT_MODEL})
-    for file in inputs.left_out():
-        emit({"event": "warning", "message": f"'{file}' is left out: no kind of file we read"})
+    for file, reason in inputs.left_out().items():
+        emit({"event": "warning", "message": f"'{file}' is left out: {reason}"})
     emit({"event": "stage", "stage": "load"})
     source = ModelSource(
         detection.model or str(demo_folder() / "target"),

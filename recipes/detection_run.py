@@ -40,9 +40,10 @@ class Document:
 
 @dataclass
 class Summary:
-    """What a detection came to."""
+    """What a detection came to; ``units`` are texts or windows, ``rows`` also end documents."""
 
     rows: int = 0
+    units: int = 0
     statuses: dict[str, int] = field(default_factory=dict)
     notes: dict[str, int] = field(default_factory=dict)
     documents: list[Document] = field(default_factory=list)
@@ -50,6 +51,7 @@ class Summary:
     def count(self, row: Mapping[str, Any]) -> None:
         """Take a row into account."""
         self.rows += 1
+        self.units += "spans" not in row
         status = row.get("status", "ok")
         self.statuses[status] = self.statuses.get(status, 0) + 1
         for note in row.get("notes", ()):
@@ -74,12 +76,11 @@ def detect(
     Stopped, the same call goes on with the same ``out``: finished rows are not computed again (nor
     shown). ``keep`` keeps what heat maps need.
     """
-    emit({"event": "stage", "stage": "score"})
     summary = Summary()
     progress = Progress(prepared, emit)
     with output(out, identity(prepared)) if out else nullcontext() as file:
-        if file is not None and file.done:
-            emit({"event": "warning", "message": f"going on after {file.done} rows of '{out}'"})
+        begun = {"resumed_from": f"row {file.done + 1}"} if file and file.done else {}
+        emit({"event": "stage", "stage": "score", **begun})
         if prepared.is_document:
             blocks = _documents(prepared, progress, summary, file, keep)
         else:
@@ -90,8 +91,8 @@ def detect(
             for row, text in block:
                 summary.count(row)
                 show(row, text)
-            progress.tell(summary.rows)
-    progress.tell(summary.rows, end=True)
+            progress.tell(summary.units)
+    progress.tell(summary.units, end=True)
     return summary
 
 
@@ -204,13 +205,11 @@ class Progress:
         self.before += self.source.length if self.source is not None else 0
         self.source = source
 
-    def tell(self, rows: int, *, end: bool = False) -> None:
+    def tell(self, units: int, *, end: bool = False) -> None:
         """Emit one event; a stream has no known end."""
+        event = {"event": "progress", "what": f"{units:,} {self.what}"}
         if self.size is None:
-            what = f"{rows:,} {self.what}"
-            self.emit({"event": "progress", "what": what, "done": rows, "total": 0})
+            self.emit(event | {"done": units, "total": 0})
             return
         read = self.size if end or self.source is None else self.before + self.source.position
-        done = 100 if end else min(99, 100 * read // max(1, self.size))
-        what = f"{rows:,} {self.what}, percent of the input"
-        self.emit({"event": "progress", "what": what, "done": done, "total": 100})
+        self.emit(event | {"done": min(read, self.size), "total": self.size, "unit": "bytes"})

@@ -4,19 +4,19 @@ from pathlib import Path
 from typing import Any
 
 from unlearn.errors import UserError
-from unlearn.recipes.detection import Prepared
+from unlearn.recipes.detection import Prepared, is_document
 from unlearn.recipes.detection_run import Summary
 
 
-def check_html(html: Path | None, prepared: Prepared) -> None:
-    """Refuse a map that could not be drawn, before any work.
+def check_html(html: Path | None, inputs: Any) -> None:
+    """Refuse a map that could not be drawn, before any model is loaded.
 
     Raises:
         UserError: texts are not read as documents, or the file is there.
     """
     if html is None:
         return
-    if not prepared.is_document:
+    if not is_document(inputs):
         raise UserError(
             "a heat map shows documents, and these texts are rows", "add --mode document"
         )

@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class UserError(Exception):
@@ -41,6 +42,15 @@ class Interrupted(BaseException):
     def __init__(self, message: str = "", hint: str = "") -> None:
         super().__init__(message)
         self.hint = hint
+
+
+def described(value: Any) -> str:
+    """Say what a value in a file is, for the error that wanted something else: "a number (5)"."""
+    if value is None:
+        return "null"
+    names = {bool: "true or false", int: "a number", float: "a number", list: "a list"}
+    names |= {dict: "an object", str: "a text"}
+    return f"{names.get(type(value), 'a ' + type(value).__name__)} ({str(value)[:40]})"
 
 
 def did_you_mean(given: str, allowed: Iterable[str]) -> str:

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,12 +17,15 @@ from unlearn.detect.roc import Roc, auc, auc_draws, interval, roc, separation
 from unlearn.detect.text import Text
 from unlearn.errors import UserError
 from unlearn.evals.detection.labelled import LabelledText
+from unlearn.evals.detection.stored import stored_blocks
 
 FORMAT = "detect-bench/1"
 NOT_RANKED = ("ppl",)
 """Scores for display only: perplexity ranks as the loss does, the other way round."""
 LENGTHS = (32, 64, 128, 256)
 """Bounds of the groups by scored tokens, for data without groups of its own."""
+UNLIKELY = 0.4
+"""AUC below which, interval and all, members are hardly members."""
 FEWEST = 10
 """Texts per side from which a group gets figures."""
 Progress = Callable[[int], None]
@@ -49,18 +53,22 @@ class Scored:
 
 
 def score_labelled(
-    texts: Sequence[LabelledText], scorer: TextScorer, *, progress: Progress = lambda done: None
+    texts: Sequence[LabelledText],
+    scorer: TextScorer,
+    *,
+    folder: Path | None = None,
+    progress: Progress = lambda done: None,
 ) -> list[Scored]:
-    """Score labelled texts in their order.
+    """Score labelled texts in their order; ``folder`` keeps the scores (:mod:`.stored`).
 
     Raises:
         UserError: no text of one side has a score.
     """
-    stream = (Text(place, text.text) for place, text in enumerate(texts))
+    stream = [Text(place, text.text) for place, text in enumerate(texts)]
     found: list[Scored] = []
-    for block in scorer.blocks(stream):
-        for one in block:
-            found.append(Scored(texts[len(found)], one.num_tokens, one.status, one.scores))
+    for block in stored_blocks(scorer, stream, folder):
+        for row in block:
+            found.append(Scored(texts[len(found)], row["n_tokens"], row["status"], row["scores"]))
         progress(len(found))
     for member, kind in ((True, "member"), (False, "non-member")):
         if not any(one.text.member == member and _has_score(one) for one in found):
@@ -96,7 +104,9 @@ def measure(found: Sequence[Scored], *, seed: int = 0, year: int | None = None) 
     texts = {member: [one.text.text for one in found if one.text.member == member] for member in
              (True, False)}  # fmt: skip
     blind = blind_baseline(texts[True], texts[False], seed=seed)
-    checks = blind.to_dict() | {"warnings": [*blind.warnings, *_years(texts, year)]}
+    metrics = {name: _separation(found, name, seed) for name in chosen}
+    warnings = [*blind.warnings, *_years(texts, year), *swapped(metrics)]
+    checks = blind.to_dict() | {"warnings": warnings}
     missing = Counter(one.status for one in found if not _has_score(one))
     return {
         "schema": FORMAT,
@@ -104,7 +114,7 @@ def measure(found: Sequence[Scored], *, seed: int = 0, year: int | None = None) 
         "nonmembers": len(texts[False]),
         "left_out": dict(missing),
         "short": sum(one.status == "short" for one in found),
-        "metrics": {name: _separation(found, name, seed) for name in chosen},
+        "metrics": metrics,
         "differences": dict(_differences(found, chosen, seed)),
         "groups": [_group(name, some, chosen, seed) for name, some in groups(found)],
         "checks": checks,
@@ -113,6 +123,17 @@ def measure(found: Sequence[Scored], *, seed: int = 0, year: int | None = None) 
         else None,
         "seed": seed,
     }
+
+
+def swapped(metrics: Mapping[str, Mapping[str, Any] | None]) -> list[str]:
+    """Say that members score lower than non-members, and by every score: are the labels swapped?"""
+    aucs = [one["auc"] for one in metrics.values() if one]
+    if not aucs or any(one["high"] >= UNLIKELY for one in aucs):
+        return []
+    return [
+        f"members score lower than non-members (AUC at most {max(one['value'] for one in aucs):.2f}"
+        "): are the labels the wrong way round? Only a model that was made to forget does this"
+    ]
 
 
 def _separation(found: Sequence[Scored], score: str, seed: int) -> dict[str, Any] | None:

@@ -20,7 +20,7 @@ from typing import Any
 from unlearn.data.sources import load_any_rows
 from unlearn.detect.inputs import FIELDS, Inputs
 from unlearn.detect.readers import kind_of, opened, rows
-from unlearn.errors import UserError, did_you_mean, unknown
+from unlearn.errors import UserError, described, did_you_mean, unknown
 
 LABELS = ("label", "member", "is_member", "seen")
 YES = {"1", "true", "member", "seen", "yes"}
@@ -244,8 +244,10 @@ def _text(row: Any, columns: Columns, place: str) -> str:
             f"name one with --text-field; the columns are {', '.join(map(str, row))}",
         )
     if not isinstance(row[field], str):
-        kind = type(row[field]).__name__
-        raise UserError(f"{place}: '{field}' is a {kind}, not a text", "name another --text-field")
+        raise UserError(
+            f"{place}: '{field}' is {described(row[field])}, not a text",
+            "name another --text-field",
+        )
     return str(row[field])
 
 
@@ -289,6 +291,6 @@ def _label(row: Any, columns: Columns, place: str) -> bool:
     if word not in YES | NO:
         raise UserError(
             f"{place}: the label {value!r} is neither 1 (member) nor 0 (non-member)",
-            "write 1 or 0",
+            "write 1 or 0, or name another --label-field",
         )
     return word in YES

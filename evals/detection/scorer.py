@@ -38,6 +38,15 @@ class Extras:
         found.check_inputs(there)
         return found
 
+    def missing(self, asked: Sequence[str] | None) -> list[str]:
+        """Say which score of one pass is not among those chosen for want of a table."""
+        if asked or self.frequencies is not None:
+            return []
+        return [
+            "dcpdd is left out: it needs --freq FOLDER (`unlearn detect freq build`), or "
+            "--freq english for a rough table"
+        ]
+
 
 def load_scorer(
     source: ModelSource,
@@ -48,7 +57,7 @@ def load_scorer(
     nonmembers: Sequence[str] = (),
     members: Sequence[str] = (),
 ) -> tuple[TextScorer, list[str]]:
-    """Load a model for scoring; also say what is doubtful about its table for these texts.
+    """Load a model for scoring; also say what is doubtful about tokenizer and table.
 
     The reference model is loaded as the model is, save its revision. ``nonmembers`` and ``members``
     are texts for the prefixes of ReCaLL and Con-ReCaLL.
@@ -73,7 +82,8 @@ def load_scorer(
         members=members,
     )
     some = texts[:: max(1, len(texts) // LOOKED_AT)]
-    return scorer, table_warnings(table, some, tokenizer) if table else []
+    warnings = table_warnings(table, some, tokenizer) if table else []
+    return scorer, [*scorer.side.tokenizer.warnings, *warnings]
 
 
 def find_table(name: str | None, tokenizer: object) -> FrequencyTable:

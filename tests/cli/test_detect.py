@@ -112,7 +112,24 @@ def test_a_document_gives_windows_passages_and_a_map(detect):
     outcome = detect("book.txt", *small, "--html", "map.html")
     assert "passages that stand out" in outcome.out
     assert "Which passages stand out" in Path("map.html").read_text()
-    assert "already exists" in detect("book.txt", *small, "--html", "map.html").err
+    refused = detect("book.txt", *small, "--html", "map.html")
+    assert "already exists" in refused.err
+    assert "loading" not in refused.err
+    outcome = detect("book.txt", *small)
+    assert f"{len(windows)} windows 100 % of" in outcome.err
+
+
+def test_another_models_tokenizer_is_noticed(detect, build_tiny_model):
+    build_tiny_model(vocab_size=5000).save_pretrained("model")
+    outcome = detect("forget.jsonl", "--model", "model", "--text-field", "question")
+    assert outcome.code == 0
+    assert "do they belong together?" in " ".join(outcome.err.split())
+
+
+def test_the_help_shows_commands_and_how_to_score(detect):
+    out = detect("--help").out
+    assert "calibrate" in out
+    assert "--text-field" in out
 
 
 def test_windows_get_p_values_from_documents_never_seen(detect):
@@ -240,12 +257,12 @@ def test_killed_in_the_middle_it_goes_on_to_the_same_bytes(number, detect):
         assert b"the same command goes on" in errors
     assert not Path("out.jsonl").exists()
     assert 0 < part.stat().st_size < Path("whole.jsonl").stat().st_size
-    assert "begun with another" in detect(*words, "--out", "out.jsonl", "--k", "0.5").err
+    assert "begun with other settings" in detect(*words, "--out", "out.jsonl", "--k", "0.5").err
     outcome = detect(*words, "--out", "out.jsonl")
-    assert "going on after" in outcome.err
+    assert "scoring from row" in outcome.err
     assert Path("out.jsonl").read_bytes() == Path("whole.jsonl").read_bytes()
     assert not part.exists()
-    assert "already exists" in detect(*words, "--out", "out.jsonl").err
+    assert "is there already" in detect(*words, "--out", "out.jsonl").err
 
 
 def test_documents_go_on_too(detect, monkeypatch):

@@ -38,6 +38,7 @@ def test_a_benchmark_prints_and_writes(unlearn: Any, labelled: str) -> None:
     }  # fmt: skip
     assert unlearn(*call).code == 2  # the folder is there
     people = unlearn(*call[:-2], "--max-words", "5")
+    assert "dcpdd is left out" in unlearn(*call[:6]).err
     assert "25 members, 25 non-members" in people.out
     assert "too few texts to check" in " ".join(people.out.split())
 
@@ -85,7 +86,9 @@ def test_a_threshold_is_fitted_used_and_refused_elsewhere(
     unlearn: Any, labelled: str, texts: tuple[str, str], build_tiny_model: Any
 ) -> None:
     fit = ("detect", "calibrate", labelled, "--model", "model", "--score", "mink", "--k", "0.3")
-    assert "Of non-members like these 25" in unlearn(*fit, "--out", "c.json").out
+    out = unlearn(*fit, "--out", "c.json").out
+    assert "Of non-members like these 25" in out
+    assert "too few texts to check for a shift" in out
     use = ("detect", "decide", texts[0], "--model", "model", "--calibration", "c.json", "--json")
     outcome = unlearn(*use)
     assert outcome.code == 0, outcome.err
@@ -119,3 +122,48 @@ def test_mistakes(unlearn: Any, labelled: str, arguments: tuple[str, ...], words
     outcome = unlearn("detect", "bench", "--model", "model", *arguments)
     assert outcome.code == 2
     assert words in " ".join(outcome.err.split())
+
+
+def test_options_as_keys_of_a_file(unlearn: Any, labelled: str) -> None:
+    """What is typed comes before the file; lists, flags and arguments have their keys too."""
+    Path("bench.yaml").write_text(
+        f"model: model\ndata: {labelled}\nscore: [loss, mink]\nmax_tokens: 20\nk: [0.3]\n"
+    )
+    outcome = unlearn("detect", "bench", "--recipe", "bench.yaml", "--max-tokens", "30", "--json")
+    assert outcome.code == 0, outcome.err
+    assert set(outcome.json["metrics"]) == {"loss", "mink"}
+    assert outcome.json["settings"]["max_tokens"] == 30
+    assert outcome.json["settings"]["k"] == [0.3]
+    Path("fit.yaml").write_text(f"data: {labelled}\nmodel: model\nout: c.json\nyouden: true\n")
+    outcome = unlearn("detect", "calibrate", "--recipe", "fit.yaml", "--json")
+    assert outcome.code == 0, outcome.err
+    assert outcome.json["calibration"]["threshold"]["rule"] == "youden"
+    Path("bench.yaml").write_text("modell: model\n")
+    assert "did you mean 'model'" in unlearn("detect", "bench", "--recipe", "bench.yaml").err
+    assert unlearn("detect", "bench", "--recipe", "none.yaml").code == 2
+
+
+def test_scores_are_kept_and_gone_on_with(unlearn: Any, labelled: str, monkeypatch: Any) -> None:
+    """Stopped after the first block, only the other texts are scored; then none."""
+    from unlearn.detect.engine import TextScorer
+
+    call = ("detect", "bench", "--data", labelled, "--model", "model", "--score", "loss", "--json",
+            "--batch-tokens", "16")  # fmt: skip
+    score, sizes = TextScorer._score, []
+
+    def counting(self: Any, texts: Any) -> Any:
+        if len(sizes) == stop:
+            raise KeyboardInterrupt
+        sizes.append(len(texts))
+        return score(self, texts)
+
+    monkeypatch.setattr(TextScorer, "_score", counting)
+    stop = 1
+    assert unlearn(*call).code != 0
+    (first,) = sizes
+    assert first < 50
+    stop = -1
+    found = unlearn(*call).json
+    assert sum(sizes) == 50
+    assert unlearn(*call).json == found
+    assert sum(sizes) == 50

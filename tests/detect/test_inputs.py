@@ -82,10 +82,22 @@ def test_a_folder_gives_all_its_files_by_name_and_says_what_it_leaves_out(tmp_pa
     (tmp_path / "a" / "x.txt").write_text("one\ntwo\n")
     (tmp_path / "picture.png").write_bytes(b"\x89PNG")
     (tmp_path / ".hidden.txt").write_text("no")
+    (tmp_path / "empty.txt").touch()
     inputs = Inputs(str(tmp_path), mode="rows")
+    inputs.check()
     ids = [text.id for text in inputs.texts()]
     assert ids == ["a/x.txt:0", "a/x.txt:1", "b.jsonl:0", "b.jsonl:1", "b.jsonl:2"]
-    assert [file.name for file in inputs.left_out()] == ["picture.png"]
+    left_out = {file.name: reason for file, reason in inputs.left_out().items()}
+    assert left_out == {"empty.txt": "empty (0 bytes)", "picture.png": "no kind of file we read"}
+
+
+def test_two_documents_of_one_name_are_refused(tmp_path: Path) -> None:
+    """Windows go by the id of their document; rows may be called whatever one likes."""
+    path = tmp_path / "texts.jsonl"
+    path.write_text('{"text": "one", "key": "x"}\n{"text": "two", "key": "x"}\n')
+    assert [text.id for text in Inputs(str(path), id_field="key").texts()] == ["x", "x"]
+    with pytest.raises(UserError, match=r"line 2: another document has the id 'x' already"):
+        list(Inputs(str(path), mode="document", id_field="key").documents())
 
 
 @pytest.mark.parametrize(
@@ -117,8 +129,8 @@ def test_names_words_and_missing_texts(tmp_path: Path) -> None:
         ("x.txt", "text".encode("utf-16"), "is UTF-16"),
         ("x.exe", b"text", "unknown extension '.exe'"),
         ("x.jsonl", b'{"text": "a"}\n{"text": \n', "line 2 is not JSON"),
-        ("x.jsonl", b'{"text": 5}\n', "'text' is a int"),
-        ("x.jsonl", b"[1, 2]\n", "is a JSON list"),
+        ("x.jsonl", b'{"text": 5}\n', "'text' is a number (5)"),
+        ("x.jsonl", b"[1, 2]\n", "is a list ([1, 2])"),
         ("x.jsonl", b'{"body": "a"}\n', "columns are body"),
         ("x.json", b'[{"text": "a"}', "damaged JSON"),
         ("x.csv", b'text\n"a\n', "damaged CSV"),

@@ -20,6 +20,7 @@ from unlearn.evals.detection.bench import (
     measure,
     score_labelled,
     sides,
+    swapped,
 )
 from unlearn.evals.detection.labelled import LabelledText
 from unlearn.evals.detection.write import write_audit, write_bench
@@ -245,3 +246,13 @@ def test_stories_that_were_never_seen_look_like_members_and_the_warning_says_why
     assert found["checks"]["shifted"]
     assert found["checks"]["blind_auc"] > 0.99
     assert "told apart without the model" in found["checks"]["warnings"][0]
+
+
+def test_labels_the_wrong_way_round_are_noticed() -> None:
+    """By every score members must be lower, interval and all; a single one may be."""
+    low, chance = {"auc": {"value": 0.1, "high": 0.2}}, {"auc": {"value": 0.4, "high": 0.5}}
+    (warning,) = swapped({"loss": low, "mink": low})
+    assert "wrong way round" in warning
+    assert "AUC at most 0.10" in warning
+    assert swapped({"loss": low, "mink": chance}) == []
+    assert swapped({"loss": None}) == []

@@ -137,7 +137,7 @@ def test_two_sources(tmp_path: Path) -> None:
         ([{"body": "a", "label": 1}], "has no column input, text"),
         ([{"text": "a", "label": 2}], "neither 1"),
         ([{"text": "a", "label": [1, 0]}], "is a list"),
-        ([{"text": 3, "label": 1}], "is a int, not a text"),
+        ([{"text": 3, "label": 1}], r"is a number \(3\), not a text"),
         (["a"], "has no column label"),
     ],
 )

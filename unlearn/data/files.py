@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from unlearn.errors import UserError
+from unlearn.errors import UserError, described
 
 Row = dict[str, Any]
 
@@ -103,8 +103,7 @@ def _json_line(path: Path, number: int, line: str) -> Any:
 def _objects(path: Path, values: list[tuple[str, Any]]) -> list[Row]:
     for place, value in values:
         if not isinstance(value, dict):
-            kind = type(value).__name__
-            raise UserError(f"'{path}' {place} is a JSON {kind}, not an object", JSON_FORMS)
+            raise UserError(f"'{path}' {place} is {described(value)}, not an object", JSON_FORMS)
     return [value for _, value in values]
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
-from unlearn.errors import UserError, did_you_mean, unknown
+from unlearn.errors import UserError, described, did_you_mean, unknown
 
 Row = dict[str, Any]
 Kind = Literal["qa", "completion", "messages", "text"]
@@ -82,7 +82,7 @@ def _check_strings(row: Row, kind: Kind, place: str) -> None:
     for name in COLUMNS[kind]:
         if not isinstance(row[name], str):
             raise UserError(
-                f"{place}: '{name}' is {_described(row[name])}, not a string",
+                f"{place}: '{name}' is {described(row[name])}, not a string",
                 "write the value as text, one string per row",
             )
 
@@ -100,7 +100,7 @@ def _check_messages(row: Row, kind: Kind, place: str) -> None:
                 f"one of {', '.join(ROLES)}",
             )
         if not isinstance(turn.get("content"), str):
-            content = _described(turn.get("content"))
+            content = described(turn.get("content"))
             raise UserError(f"{place}: turn {number}'s content is {content}, not a string", shape)
     if not any(turn["role"] == "assistant" for turn in turns):
         raise UserError(
@@ -132,10 +132,3 @@ def _closest_kind(row: Mapping[str, Any]) -> Kind:
 
 def _listed(names: Iterable[str]) -> str:
     return ", ".join(sorted(map(str, names))) or "none"
-
-
-def _described(value: Any) -> str:
-    if value is None:
-        return "null"
-    names = {bool: "true or false", int: "a number", float: "a number", list: "a list"}
-    return f"{names.get(type(value), 'a ' + type(value).__name__)} ({str(value)[:40]})"

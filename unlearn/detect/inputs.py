@@ -19,7 +19,7 @@ from unlearn.detect.readers import (
     rows,
 )
 from unlearn.detect.text import Text
-from unlearn.errors import UserError, did_you_mean
+from unlearn.errors import UserError, described, did_you_mean
 
 Mode = Literal["auto", "rows", "paragraphs", "document"]
 FIELDS = ("input", "text", "snippet", "content", "document")
@@ -61,11 +61,13 @@ class Inputs:
         """
         path = Path(self.path).expanduser()
         if path.is_dir():
-            found = sorted(file for file in path.rglob("*") if _is_visible(file, path))
-            readable = [file for file in found if kind_of(file)]
+            readable = [file for file in _visible(path) if not _useless(file)]
             if not readable:
                 ends = ", ".join(FORMATS)
-                raise UserError(f"no file to read in '{path}'", f"names must end in {ends}")
+                raise UserError(
+                    f"no file to read in '{path}'",
+                    f"names must end in {ends}; empty ones do not count",
+                )
             return readable
         if not path.is_file():
             names = [other.name for other in path.parent.glob("*")] if path.parent.is_dir() else []
@@ -102,12 +104,13 @@ class Inputs:
                 raise UserError(f"'{first}' has no rows", "give a file with at least one text")
             self._text(place, row, 0)
 
-    def left_out(self) -> list[Path]:
-        """List files of a folder that are of no kind we read."""
+    def left_out(self) -> dict[Path, str]:
+        """Give the files of a folder that are not read, and why."""
         path = Path(self.path).expanduser()
         if self.is_stream or not path.is_dir():
-            return []
-        return sorted(f for f in path.rglob("*") if _is_visible(f, path) and not kind_of(f))
+            return {}
+        reasons = {file: _useless(file) for file in _visible(path)}
+        return {file: reason for file, reason in reasons.items() if reason}
 
     def mode_of(self, kind: str) -> Mode:
         """Say how files of a kind are parted into texts."""
@@ -138,7 +141,11 @@ class Inputs:
         """Give every document as its id and its text in pieces; a text file is one document.
 
         The pieces of one must be taken before the next is asked for.
+
+        Raises:
+            UserError: as :meth:`texts`; two documents have the same id.
         """
+        known: set[str | int] = set()
         for source, kind, name in self._sources():
             watch(source)
             if kind == "txt":
@@ -146,6 +153,12 @@ class Inputs:
                 continue
             for index, (place, row) in enumerate(rows(source, kind)):
                 text = self._text(place, row, f"{name}:{index}" if name else index)
+                if text.id in known:
+                    raise UserError(
+                        f"{place}: another document has the id '{text.id}' already",
+                        "windows go by the id of their document: name another --id-field, or none",
+                    )
+                known.add(text.id)
                 yield text.id, iter([text.text])
 
     def fingerprint(self) -> str:
@@ -191,7 +204,7 @@ class Inputs:
             return Text(id_, self._cut(row))
         if not isinstance(row, dict):
             raise UserError(
-                f"{place} is a JSON {type(row).__name__}, not an object or a text",
+                f"{place} is {described(row)}, not an object or a text",
                 "a row is an object with a text, or a text",
             )
         field = self.text_field or next((name for name in FIELDS if name in row), None)
@@ -199,9 +212,8 @@ class Inputs:
             raise _no_field(place, row, field)
         text = "" if row[field] is None else row[field]
         if not isinstance(text, str):
-            kind = type(text).__name__
             raise UserError(
-                f"{place}: '{field}' is a {kind}, not a text", "name another --text-field"
+                f"{place}: '{field}' is {described(text)}, not a text", "name another --text-field"
             )
         if self.id_field is not None:
             if self.id_field not in row:
@@ -244,6 +256,14 @@ def _sniffed(source: Bytes) -> str:
     return "jsonl" if start.lstrip().startswith(b"{") else "txt"
 
 
-def _is_visible(file: Path, root: Path) -> bool:
-    inside = file.relative_to(root).parts
-    return file.is_file() and not any(part.startswith(".") for part in inside)
+def _visible(root: Path) -> list[Path]:
+    """List the files below a folder; names that begin with a dot are nobody's texts."""
+    files = (file for file in root.rglob("*") if file.is_file())
+    return sorted(f for f in files if not any(p.startswith(".") for p in f.relative_to(root).parts))
+
+
+def _useless(file: Path) -> str:
+    """Say why a file of a folder is not read; empty when it is."""
+    if kind_of(file) is None:
+        return "no kind of file we read"
+    return "" if file.stat().st_size else "empty (0 bytes)"

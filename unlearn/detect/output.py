@@ -17,6 +17,10 @@ from unlearn.errors import UserError
 from unlearn.runs import write_json
 
 
+class Busy(UserError):
+    """Another process is writing the same file."""
+
+
 @dataclass
 class Output:
     """A file of JSON lines that grows block by block; ``done`` rows of it are safe."""
@@ -70,15 +74,24 @@ def check_output(path: Path, key: Mapping[str, Any]) -> int:
     Raises:
         UserError: the file exists, or was begun by another command.
     """
-    if path.exists():
-        raise UserError(f"'{path}' already exists", "choose another --out, or remove it")
+    check_absent(path)
     state = _state(path)
     if state["rows"] and (changed := _changed(state["made_by"], json.loads(json.dumps(key)))):
         raise UserError(
-            f"'{part_file(path)}' was begun with another {changed}",
+            f"'{part_file(path)}' was begun with other settings ({changed})",
             "give the command that began it, or remove it, or choose another --out",
         )
     return int(state["rows"])
+
+
+def check_absent(path: Path) -> None:
+    """Refuse a file that is there: under its own name it is complete."""
+    if path.exists():
+        raise UserError(
+            f"'{path}' is there already, and complete: an unfinished one is called "
+            f"'{part_file(path).name}'",
+            "choose another --out, or remove it",
+        )
 
 
 def line(row: Mapping[str, Any]) -> str:
@@ -118,4 +131,4 @@ def _lock(file: IO[bytes], path: Path) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        raise UserError(f"'{path}' is being written by another process", "wait for it") from error
+        raise Busy(f"'{path}' is being written by another process", "wait for it") from error

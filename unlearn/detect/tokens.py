@@ -10,6 +10,8 @@ from unlearn.errors import UserError
 Bos = Literal["auto", "always", "never"]
 CHARACTERS_PER_TOKEN = 16
 """Characters read for each token wanted, at first: longer tokens are rare."""
+LEAST_SHARE = 0.9
+"""Share of the model's tokens that its own tokenizer has: models pad theirs by a few per cent."""
 MARGIN = 16
 """Tokens before a cut that may have been other ones, had the text gone on."""
 
@@ -80,6 +82,17 @@ class TextTokenizer:
                 f"the tokenizer writes token {largest}, but the model knows {self.known} tokens",
                 "give the tokenizer and the model of one folder that was saved together",
             )
+
+    @property
+    def warnings(self) -> list[str]:
+        """Say that the model has many more tokens than the tokenizer can write."""
+        size = len(self.tokenizer)
+        if size >= LEAST_SHARE * self.known:
+            return []
+        return [
+            f"the tokenizer has {size:,} tokens and the model {self.known:,}: do they belong "
+            "together? With another model's tokenizer every score is meaningless"
+        ]
 
     def start_of(self, text: str, ids: list[int]) -> str:
         """Give the characters that the first ids of a text stand for."""

@@ -7,15 +7,14 @@ from unlearn.detect.decisions import Decisions, FileEvidence
 from unlearn.detect.thresholds import Threshold
 
 WEAK = (
-    "On texts from one distribution such scores are close to guessing: on the Pile, AUC 0.51 for "
-    "Pythia-6.9B and 0.52 for 12B with Min-K% (mimir)."
+    "On texts drawn alike such scores are close to guessing: on the Pile, AUC 0.51 for Pythia-6.9B "
+    "and 0.52 for 12B with Min-K% (mimir)."
 )
 LIMITS = (
-    "A low p says that a text is unusually familiar to the model next to these references; "
-    "copies, quotations and paraphrases elsewhere, or a simpler style, do that too.",
-    "No detection is no proof of absence: most training texts leave no trace in these scores.",
-    "Everything rests on references that could change places with the suspects: of the same kind, "
-    "time and length, and surely never seen.",
+    "A call says that a text is unusually familiar to the model next to the references. Copies, "
+    "quotations, paraphrases elsewhere and a simpler style do that too.",
+    "No call is no proof of absence: most training texts leave no trace in these scores.",
+    "All rests on references of the same kind, time and length that were surely never seen.",
     WEAK,
 )
 """What no decision of this kind shows, whatever its numbers."""
