@@ -29,7 +29,9 @@ over real tokens are about 70% of our step on a CPU, and nothing makes those few
   bound.
 - ``rmu``: plain runs all n layers three times and goes back through the l lower ones, with
   gradients for all their weights. Ours ends at layer l (the first is 1) and has gradients for the
-  trained matrices alone: 3n + 4l against about 5l layers, so the depth is the bound.
+  trained matrices alone: 3n + 4l against about 5l layers, so the depth is the bound. Where the
+  trained matrices stand far above the first layer (Zephyr: layers 5 to 7 of 32) we also go back
+  through these three only: ``--layers 32 --width 256 --layer 7``.
 """
 
 import argparse
