@@ -264,7 +264,7 @@ def is_document(inputs: Any) -> bool:
         return bool(inputs.mode == "document")
     if inputs.is_stream:
         return False
-    from unlearn.detect.readers import kind_of  # noqa: PLC0415
+    from unlearn.data.readers import kind_of  # noqa: PLC0415
 
     kinds = {inputs.format or kind_of(file) for file in inputs.files()}
     if kinds == {"txt"}:

@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from unlearn.data.answers import BELONGS, alternates_of, check_answerable, read_refusals
-from unlearn.data.files import READERS
+from unlearn.data.readers import kind_of
 from unlearn.data.rows import Row
 from unlearn.data.sources import Source, load_rows, load_variants
 from unlearn.errors import UserError
@@ -105,7 +105,7 @@ def _is_small_file(spec: str) -> bool:
     file = Source.parse(spec).local
     if file.is_file():
         return file.stat().st_size <= LARGEST_EARLY
-    return file.suffix.lower() in READERS and not file.exists()
+    return kind_of(file) is not None and not file.exists()
 
 
 def absolute(recipe: Recipe) -> Recipe:

@@ -17,9 +17,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from unlearn.data.readers import kind_of, opened, rows
 from unlearn.data.sources import load_any_rows
 from unlearn.detect.inputs import FIELDS, Inputs
-from unlearn.detect.readers import kind_of, opened, rows
 from unlearn.errors import UserError, described, did_you_mean, unknown
 
 LABELS = ("label", "member", "is_member", "seen")

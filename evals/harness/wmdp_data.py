@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from unlearn.data.files import READERS, read_file
+from unlearn.data.files import read_file
+from unlearn.data.readers import FORMATS, kind_of
 from unlearn.errors import UserError, did_you_mean, unknown
 
 Question = dict[str, Any]
@@ -76,10 +77,10 @@ def _expected(names: Sequence[str]) -> str:
 def _files(folder: Path, name: str) -> Iterator[Path]:
     """Find a set's files: ``wmdp-bio.jsonl``, or the test files in a folder ``wmdp-bio``."""
     for stem in (SETS[name], SETS[name].replace("-", "_"), name):
-        whole = [folder / f"{stem}{suffix}" for suffix in READERS if suffix != ".txt"]
+        whole = [folder / f"{stem}{suffix}" for suffix in FORMATS if FORMATS[suffix] != "txt"]
         there = [path for path in whole if path.is_file()]
         if len(there) > 1:
-            both = " and ".join(path.name for path in there)
+            both = " and ".join(sorted(path.name for path in there))
             raise UserError(f"'{folder}' has both {both}", "keep one of them")
         if there:
             yield there[0]
@@ -108,7 +109,7 @@ def _test_files(folder: Path) -> list[Path]:
 
 def _holds_rows(path: Path) -> bool:
     settings = ("dataset_info.json", "dataset_dict.json", "state.json", "dataset_infos.json")
-    return path.is_file() and path.suffix.lower() in READERS and path.name not in settings
+    return path.is_file() and kind_of(path) is not None and path.name not in settings
 
 
 def _questions(path: Path, name: str) -> Iterator[Question]:

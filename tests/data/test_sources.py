@@ -195,7 +195,11 @@ def test_a_folder_of_save_to_disk_is_read(tmp_path: Path) -> None:
         ("x.jsonl", b" \n \n", "has no rows"),
         ("x.json", b"[]", "has no rows"),
         ("x.csv", b"question,answer\n", "has no rows"),
-        ("x.tsv", b"hello", "extension '.tsv' (one of .csv, .json, .jsonl, .parquet, .txt)"),
+        (
+            "x.xls",
+            b"hello",
+            "extension '.xls' (one of .txt, .md, .jsonl, .json, .csv, .tsv, .parquet)",
+        ),
         ("x.txt", b"\n \n", "has no rows"),
         ("x.jsonl", b'"one"\ntwo\n', "line 2 is not JSON: "),
         ("x.jsonl", b'one\n{"text": "two"}\n', "line 1 is not JSON: "),
@@ -206,7 +210,9 @@ def test_a_folder_of_save_to_disk_is_read(tmp_path: Path) -> None:
         ("x.json", b'[{"question":"q"', "damaged JSON"),
         ("x.json", b"[" * 100_000, "damaged JSON"),
         ("x.json", b'["q", "a"]', "entry 1 is a text (q), not an object"),
-        ("x.jsonl", b"\xff\xfe{", "not UTF-8 text"),
+        ("x.jsonl", b"\xff{", "not UTF-8 text"),
+        ("x.jsonl", b"\xff\xfe{", "UTF-16, not UTF-8"),
+        ("x.txt.gz", b"no gzip", "is damaged"),
         ("x.parquet", b"PAR1 no", "damaged parquet"),
         ("x.csv", b'question,answer\n"q,a\n', "damaged CSV"),
         ("x.csv", b"question,answer\nq,a,b\n", "line 2 has more cells than the header's 2"),
@@ -327,3 +333,13 @@ def test_tofu_loads_with_every_column(shared: Path) -> None:
     row = load_rows(f"{tofu}#forget10_perturbed:[:1]")[0]
     assert len(row["perturbed_answer"]) == 5
     assert isinstance(row["paraphrased_answer"], str)
+
+
+def test_packed_files_and_tabs_are_read_too(tmp_path: Path) -> None:
+    import gzip
+
+    packed = tmp_path / "x.jsonl.gz"
+    packed.write_bytes(gzip.compress(json.dumps(QA[0]).encode()))
+    assert load_rows(str(packed)) == QA[:1]
+    (tmp_path / "x.tsv").write_text("question\tanswer\nq, q\ta\n")
+    assert load_rows(str(tmp_path / "x.tsv")) == [{"question": "q, q", "answer": "a"}]

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from unlearn.data.files import READERS, read_file
+from unlearn.data.files import read_file
+from unlearn.data.readers import FORMATS, kind_of
 from unlearn.data.rows import Kind, Row, check_rows, rename_columns, row_kind
 from unlearn.errors import UserError, did_you_mean, unknown
 
@@ -150,7 +151,7 @@ def _load(source: Source, spec: str, *, offline: bool) -> list[Row]:
             return _from_datasets(str(source.local), source)
     if source.local.exists():
         return _from_file(source)
-    if source.local.suffix.lower() in READERS or not _HUB_NAME.fullmatch(source.path):
+    if kind_of(source.local) or not _HUB_NAME.fullmatch(source.path):
         raise _not_found(source)
     with _quiet_datasets(spec, offline=offline):
         return _from_datasets(source.path, source)
@@ -160,7 +161,7 @@ def _file_of(source: Source) -> Path | None:
     """Find a configuration's file in a folder that has no dataset card: ``forget10.json``."""
     if source.config is None or (source.local / "README.md").exists():
         return None
-    files = (source.local / f"{source.config}{suffix}" for suffix in READERS)
+    files = (source.local / f"{source.config}{suffix}" for suffix in FORMATS)
     return next((file for file in files if file.is_file()), None)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from unlearn.detect.readers import (
+from unlearn.data.readers import (
     FORMATS,
     PACKED,
     Bytes,

@@ -9,16 +9,17 @@ import csv
 import gzip
 import io
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TextIO
 
-from unlearn.data.files import LONGEST_CELL
 from unlearn.errors import UserError
 
+LONGEST_CELL = 2**31 - 1
+"""Characters of a cell: csv refuses more than 131,072 unless told otherwise."""
 BLOCK = 2**16
 """Bytes read at once from a document."""
 PARQUET_ROWS = 256
@@ -191,7 +192,8 @@ def _jsonl(source: Bytes) -> Iterator[tuple[Place, Any]]:
             cause = str(error).replace("line 1 column", "column")
             raise UserError(
                 f"{place} is not JSON: {cause}",
-                "a .jsonl file holds one object or text per line; plain text is .txt",
+                "a .jsonl file holds one object or text per line; "
+                "give a file of plain text the extension .txt",
             ) from error
 
 
@@ -214,6 +216,7 @@ def _csv(source: Bytes, delimiter: str = ",") -> Iterator[tuple[Place, Any]]:
     with source.text() as file:
         reader = csv.DictReader(file, strict=True, delimiter=delimiter)
         try:
+            _check_names(source, reader.fieldnames or ())
             for row in reader:
                 place = Place(source.name, reader.line_num)
                 if None in row:
@@ -230,6 +233,15 @@ def _csv(source: Bytes, delimiter: str = ",") -> Iterator[tuple[Place, Any]]:
             ) from error
         finally:
             csv.field_size_limit(previous)
+
+
+def _check_names(source: Bytes, names: Sequence[str]) -> None:
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise UserError(
+            f"'{source.name}' has more than one column '{twice[0]}'",
+            "give every column its own name",
+        )
 
 
 def _tsv(source: Bytes) -> Iterator[tuple[Place, Any]]:
