@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,15 @@ _MARKDOWN = re.compile(r"([\\`*_{}\[\]<>#|~!&]|:(?=//)|(?<=www)\.)")
 
 def render(name: str, context: Mapping[str, Any]) -> str:
     """Fill a template of this folder; ``….html.j2`` escapes every value it is given."""
+    return _environment().get_template(name).render(context)
+
+
+@cache
+def _environment() -> Environment:
+    """Set up templates once: compiling them takes longer than filling them."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=name.endswith(".html.j2"),
+        autoescape=lambda name: name is not None and name.endswith(".html.j2"),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -28,7 +35,7 @@ def render(name: str, context: Mapping[str, Any]) -> str:
     )
     environment.filters |= {"number": number, "percent": percent, "markdown": markdown}
     environment.filters["breakable"] = breakable
-    return environment.get_template(name).render(context)
+    return environment
 
 
 def printable(value: Any) -> str:
