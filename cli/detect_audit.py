@@ -47,6 +47,15 @@ def audit(
         typer.Option(metavar="MODEL", help="A model that never saw the forget texts: the aim."),
     ] = None,
     text_field: TextField = None,
+    cluster: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="N rows that follow one another, as of one author, are not independent.",
+            rich_help_panel=TEXTS,
+        ),
+    ] = None,
     max_tokens: MaxTokens = 512,
     scores: Score = None,
     k: Annotated[
@@ -82,7 +91,7 @@ def audit(
         check_new(out)
     go_offline(offline)
     from unlearn.detect.settings import Settings
-    from unlearn.evals.detection.labelled import read_sides
+    from unlearn.evals.detection.labelled import clustered, read_sides
     from unlearn.evals.detection.scorer import Extras
     from unlearn.evals.detection.write import write_audit
 
@@ -92,6 +101,7 @@ def audit(
     )
     settings = extras.with_scores(settings, scores)
     texts = read_sides(forget, holdout, text_field=text_field, offline=offline)
+    texts = clustered(texts, cluster) if cluster else texts
     used = {who: path for who, path in models.items() if path is not None}
     with listening() as emit:
         warn(emit, extras.missing(scores))
@@ -116,7 +126,7 @@ def _audit(
     """Score the same texts under one model after the other and compare."""
     from unlearn.detect.blind import blind_baseline
     from unlearn.evals.detection.audit import FORMAT, audit, sides_of, verdict
-    from unlearn.evals.detection.bench import ranked
+    from unlearn.evals.detection.bench import clusters_of, ranked
 
     sizes = sum(text.member for text in texts)
     sides: dict[str, Any] = {}
@@ -126,7 +136,13 @@ def _audit(
         found = scored(emit, texts, scorer, name=who)
         names = ranked(found)
         sides[who] = sides_of([{n: one.scores[n] for n in names} for one in found], sizes)
-    compared = audit(sides["before"], sides["after"], sides.get("retain_model"), seed=settings.seed)
+    compared = audit(
+        sides["before"],
+        sides["after"],
+        sides.get("retain_model"),
+        clusters=clusters_of(texts),
+        seed=settings.seed,
+    )
     blind = blind_baseline(
         [text.text for text in texts[:sizes]], [text.text for text in texts[sizes:]]
     )

@@ -109,6 +109,7 @@ def _familiarity(recipe: Recipe, offline: bool) -> tuple[Benchmark, ...]:
         forget,
         section.holdout,
         text_field=section.text_field,
+        rows_per_cluster=section.rows_per_cluster,
         max_rows=recipe.evals.max_rows,
         offline=offline,
         seed=recipe.seed,

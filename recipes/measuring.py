@@ -47,6 +47,8 @@ class FamiliaritySection(Section):
     """Texts of the same kind as the forget set that no model saw: a source."""
     text_field: str | None = Field(default=None, min_length=1)
     """Column with the text; null takes text, answer, completion, input, snippet or content."""
+    rows_per_cluster: int | None = Field(default=None, ge=1)
+    """Rows that follow one another and are not independent, as 20 of an author: for intervals."""
 
 
 class SelectSection(Section):

@@ -6,7 +6,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike
 
-from unlearn.detect.roc import auc, auc_draws, interval
+from unlearn.detect.roc import Clusters, auc, auc_draws, interval
 from unlearn.evals.membership import privleak
 
 FORMAT = "detect-audit/1"
@@ -24,19 +24,26 @@ WORDS = {
 
 
 def audit(
-    before: Sides, after: Sides, retain: Sides | None = None, *, seed: int = 0
+    before: Sides,
+    after: Sides,
+    retain: Sides | None = None,
+    *,
+    clusters: Clusters | None = None,
+    seed: int = 0,
 ) -> dict[str, dict[str, Any]]:
     """Compare how familiar the forget texts are to a model before and after unlearning.
 
     Per score: the AUC of forget against holdout texts (1: told apart perfectly, 0.5: not at all)
     for every model, with intervals; the paired change; PrivLeak; and a flag. ``retain`` is a model
     that never saw the forget texts: where it stands is the aim, for forget and holdout texts may
-    differ in themselves. Without it the aim is 0.5.
+    differ in themselves. Without it the aim is 0.5. ``clusters`` names what each forget and each
+    holdout text shares with others, as an author: such texts are resampled together.
     """
     return {
         name: _one_score(
             {"before": before[name], "after": after[name]}
             | ({"retain_model": retain[name]} if retain and name in retain else {}),
+            clusters,
             seed,
         )
         for name in before
@@ -44,9 +51,14 @@ def audit(
     }
 
 
-def _one_score(models: Mapping[str, tuple[ArrayLike, ArrayLike]], seed: int) -> dict[str, Any]:
-    kept = _finite(models)
-    draws = {who: auc_draws(members=f, nonmembers=h, seed=seed) for who, (f, h) in kept.items()}
+def _one_score(
+    models: Mapping[str, tuple[ArrayLike, ArrayLike]], clusters: Clusters | None, seed: int
+) -> dict[str, Any]:
+    kept, clusters = _finite(models, clusters)
+    draws = {
+        who: auc_draws(members=f, nonmembers=h, clusters=clusters, seed=seed)
+        for who, (f, h) in kept.items()
+    }
     found: dict[str, Any] = {
         who: _estimate(auc(holdout, forget), draws[who]) for who, (forget, holdout) in kept.items()
     }
@@ -73,14 +85,17 @@ def flag(low: float, high: float, aim: float) -> Flag:
 
 
 def _finite(
-    models: Mapping[str, tuple[ArrayLike, ArrayLike]],
-) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    models: Mapping[str, tuple[ArrayLike, ArrayLike]], clusters: Clusters | None
+) -> tuple[dict[str, tuple[np.ndarray, np.ndarray]], Clusters | None]:
     """Keep the texts that every model gives a score, so that all are asked about the same ones."""
-    parts = []
+    parts, names = [], []
     for side in (0, 1):
         table = np.array([np.asarray(values[side], float) for values in models.values()])
-        parts.append(table[:, np.isfinite(table).all(0)])
-    return {who: (parts[0][place], parts[1][place]) for place, who in enumerate(models)}
+        there = np.isfinite(table).all(0)
+        parts.append(table[:, there])
+        names.append(np.asarray(clusters[side])[there].tolist() if clusters else [])
+    kept = {who: (parts[0][place], parts[1][place]) for place, who in enumerate(models)}
+    return kept, (names[0], names[1]) if clusters else None
 
 
 def _estimate(value: float, draws: np.ndarray) -> dict[str, float]:

@@ -146,15 +146,17 @@ def _separation(found: Sequence[Scored], score: str, seed: int) -> dict[str, Any
     ).to_dict()
 
 
+def clusters_of(texts: Sequence[LabelledText]) -> tuple[list[str], list[str]] | None:
+    """Give the clusters of members and of non-members; None when no text has one."""
+    if not any(text.cluster for text in texts):
+        return None
+    sides = ([text.cluster for text in texts if text.member == member] for member in (True, False))
+    return next(sides), next(sides)
+
+
 def _clusters(found: Sequence[Scored], score: str) -> tuple[list[str], list[str]] | None:
     """Give the clusters of the texts behind :func:`sides`; None without clusters."""
-    if not any(one.text.cluster for one in found):
-        return None
-    kept = [one.text for one in found if one.scores.get(score) is not None]
-    return (
-        [text.cluster for text in kept if text.member],
-        [text.cluster for text in kept if not text.member],
-    )
+    return clusters_of([one.text for one in found if one.scores.get(score) is not None])
 
 
 def _differences(

@@ -15,8 +15,8 @@ from unlearn.detect.engine import TextScorer
 from unlearn.detect.roc import auc, auc_draws, interval
 from unlearn.detect.settings import Settings
 from unlearn.evals.benchmark import Metric, Progress, Record, Result
-from unlearn.evals.detection.bench import ranked, score_labelled, sides
-from unlearn.evals.detection.labelled import LabelledText
+from unlearn.evals.detection.bench import clusters_of, ranked, score_labelled, sides
+from unlearn.evals.detection.labelled import LabelledText, clustered
 
 SCORES = ("loss", "zlib", "mink", "minkpp", "gapk")
 FIELDS = ("text", "answer", "completion", "input", "snippet", "content")
@@ -42,10 +42,14 @@ class Familiarity:
         *,
         text_field: str | None = None,
         max_rows: int | None = None,
+        rows_per_cluster: int | None = None,
         offline: bool = False,
         **how: Any,
     ) -> "Familiarity":
         """Read the texts of both sources; ``max_rows`` keeps the first rows of each.
+
+        ``rows_per_cluster`` rows that follow one another, as the 20 of an author of TOFU, are not
+        independent: they are resampled together.
 
         Raises:
             UserError: a source cannot be read, or has no column with a text.
@@ -57,7 +61,7 @@ class Familiarity:
             for source, member in ((forget, True), (holdout, False))
             for number, row in enumerate(load_any_rows(source, offline=offline)[:max_rows], start=1)
         ]
-        return cls(texts, **how)
+        return cls(clustered(texts, rows_per_cluster) if rows_per_cluster else texts, **how)
 
     def run(
         self,
@@ -76,7 +80,10 @@ class Familiarity:
         for score in ranked(found):
             forget, holdout = sides(found, score)
             if forget.size and holdout.size:
-                draws = auc_draws(members=forget, nonmembers=holdout, seed=self.seed)
+                clusters = clusters_of([one.text for one in found if one.scores[score] is not None])
+                draws = auc_draws(
+                    members=forget, nonmembers=holdout, clusters=clusters, seed=self.seed
+                )
                 size = forget.size + holdout.size
                 ends = interval(draws)
                 metrics[f"mia_text_{score}"] = Metric(

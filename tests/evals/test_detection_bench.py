@@ -256,3 +256,21 @@ def test_labels_the_wrong_way_round_are_noticed() -> None:
     assert "AUC at most 0.10" in warning
     assert swapped({"loss": low, "mink": chance}) == []
     assert swapped({"loss": None}) == []
+
+
+def test_an_audit_resamples_texts_of_one_author_together() -> None:
+    """With ten copies of each text per cluster the interval is that of the clusters: much wider."""
+    once = spread(0.5, 20, 0), spread(0, 20, 1)
+    many = tuple(np.repeat(side, 10) for side in once)
+    names = [str(place // 10) for place in range(200)]
+    narrow = audit({"s": many}, {"s": many})["s"]["auc"]["after"]
+    wide = audit({"s": many}, {"s": many}, clusters=(names, names))["s"]["auc"]["after"]
+    alone = audit({"s": once}, {"s": once})["s"]["auc"]["after"]
+    assert wide["value"] == pytest.approx(alone["value"])
+    width = {"narrow": narrow, "wide": wide, "alone": alone}
+    width = {name: one["high"] - one["low"] for name, one in width.items()}
+    assert width["narrow"] < 0.5 * width["wide"]
+    assert width["wide"] == pytest.approx(width["alone"], rel=0.1)
+    holes = audit({"s": ([1, np.nan, 3], [0, 0])}, {"s": ([1, 2, 3], [0, 0])},
+                  clusters=(["a", "b", "c"], ["d", "e"]))["s"]  # fmt: skip
+    assert holes["forget"] == 2
