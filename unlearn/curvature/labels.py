@@ -74,9 +74,10 @@ def sample(
     what lets labels be a function of their place.
     """
     cumulative = probabilities.cumsum(-1)
-    threshold = at.to(cumulative)[:, None] * cumulative[:, -1:]
-    drawn = torch.searchsorted(cumulative, threshold, right=True)[:, 0]
-    return drawn.clamp_max(probabilities.shape[-1] - 1)
+    total = cumulative[:, -1:].contiguous()
+    below = torch.nextafter(total, torch.zeros_like(total))  # rounding must not go past the end
+    threshold = torch.minimum(at.to(cumulative)[:, None] * total, below)
+    return torch.searchsorted(cumulative, threshold, right=True)[:, 0]
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -23,6 +23,7 @@ RAISES = 6
 Weight = Float[Tensor, "out in"]
 
 
+@runtime_checkable
 class Inverse(Protocol):
     """The damped inverse of one layer's block H of the curvature.
 
