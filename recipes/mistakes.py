@@ -269,12 +269,14 @@ def _edit(tree: Tree) -> Iterator[Mistake]:
     name = section.get("name") if isinstance(section, dict) else None
     if not isinstance(section, dict) or not isinstance(name, str):
         return
-    from unlearn.edits import EDITS, check_hyper  # noqa: PLC0415 - imports torch
+    from unlearn.edits import EDITS, check_hyper, terms_mistake  # noqa: PLC0415 - imports torch
 
     if name not in EDITS:
         message = f"{name!r} given; must be {_one_of(sorted(EDITS))}{did_you_mean(name, EDITS)}"
         yield Mistake(("edit", "name"), message)
         return
+    if why := terms_mistake(name, bool(tree.get("terms"))):
+        yield Mistake(("terms",), why)
     for key in section.keys() - EditSection.model_fields.keys():
         for why in check_hyper(name, {key: section[key]}):
             yield Mistake(("edit", key), why)

@@ -1,11 +1,11 @@
 """What a recipe trains, and what comes of it: the model itself, an assistant, an edited model."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from unlearn import models
+from unlearn import models, monitors
 from unlearn.assistant.artefact import save_composed
 from unlearn.assistant.build import Assistant, assisted
 from unlearn.assistant.compose import together
@@ -62,7 +62,7 @@ def save(prepared: Prepared, model: Any, folder: Path, adapter: Path) -> None:
 def _edited(prepared: Prepared, model: Any) -> Any:
     """Apply the recipe's edit to a trained model that no engine has split."""
     section = prepared.recipe.edit
-    if section is None:
+    if section is None or not prepared.recipe.trains:  # an edit that stands alone has been made
         return model
     given = {
         "tuned": model,
@@ -71,6 +71,27 @@ def _edited(prepared: Prepared, model: Any) -> Any:
     adapted = hasattr(model, "peft_config")  # the weights below adapters are still the first ones
     start = plain(model) if adapted else models.load_model(prepared.source, device="cpu")
     return EDITS[section.name](start, given, **section.hyper)
+
+
+def edited(
+    prepared: Prepared, model: Any, listen: Callable[[dict[str, Any]], None]
+) -> tuple[Any, dict[str, Any]]:
+    """Apply an edit that trains nothing, on every process alike; give the model and a summary."""
+    section = prepared.recipe.edit
+    assert section is not None
+    taken: list[int] = []
+
+    def hear(event: dict[str, Any]) -> None:
+        taken.extend([event["step"]] if event["event"] == "step" else [])
+        listen(event)
+
+    hear({"event": "stage", "stage": "edit", "name": section.name})
+    given = {
+        "data": {name: stream.examples for name, stream in prepared.streams.items()},
+        "listen": hear,
+    }
+    model = EDITS[section.name](model, given, **section.hyper)
+    return model, {"steps": len(taken), "peak_memory_bytes": monitors.peak_memory_bytes()}
 
 
 def assistant_of(prepared: Prepared) -> Assistant | None:

@@ -101,3 +101,20 @@ def check_edit(value: EditSection | None, info: ValidationInfo) -> EditSection |
             "leave evals.every out"
         )
     return value
+
+
+def without_terms(edit: EditSection | None, lora: LoraSection | None, launch: Any) -> str | None:
+    """Say what is wrong with a recipe that has no terms; None when an edit can stand alone."""
+    if edit is None:
+        return "terms: none given, and no edit either, so nothing would be forgotten; give one"
+    if lora is not None:
+        return (
+            "model.lora: given without terms; the edit changes the weights themselves and no "
+            "adapters: leave lora out"
+        )
+    if launch.chosen not in ("none", "ddp"):
+        return (
+            f"launch.engine: {launch.chosen} given without terms; it would split weights that the "
+            "edit changes as a whole: use ddp"
+        )
+    return None

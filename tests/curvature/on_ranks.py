@@ -26,7 +26,9 @@ CASES = {"kfac": "factored:1e-3", "tkfac": "factored:1e-3", "ekfac": "relative:1
 def work(folder: Path, name: str) -> None:
     """Fit every kind of curvature and write a direction for each."""
     warnings.simplefilter("ignore")
-    model = load_model(str(folder), device="cpu")
+    model = load_model(
+        str(folder), device="cpu"
+    ).double()  # eigenvectors of close values are touchy
     rows = [Example(**row) for row in json.loads((folder / "rows.json").read_text())]
     layers, tensors, figures = find_layers(model, "all-linear"), {}, {}
     grad = gradient(model, Rows(rows[:7], batch_tokens=20), layers)

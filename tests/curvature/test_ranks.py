@@ -49,7 +49,7 @@ def test_two_processes_give_the_step_of_one(
     for name, value in expected.items():
         assert torch.equal(first[name], second[name]), name
         error = (first[name] - value).norm() / value.norm()
-        assert error < 1e-3, name  # float32 sums in another order, times the condition number
+        assert error < 1e-4, name  # norms compute in float32, and sums come in another order
     told = [json.loads((tmp_path / f"{name}.json").read_text()) for name in ("alone", "rank-0")]
     for kind, (*counts, slope, bend) in told[0].items():
         assert told[1][kind][:3] == counts
