@@ -106,7 +106,10 @@ def check_edit(value: EditSection | None, info: ValidationInfo) -> EditSection |
 def without_terms(edit: EditSection | None, lora: LoraSection | None, launch: Any) -> str | None:
     """Say what is wrong with a recipe that has no terms; None when an edit can stand alone."""
     if edit is None:
-        return "terms: none given, and no edit either, so nothing would be forgotten; give one"
+        return (
+            "terms: no term is on forget and there is no edit, so nothing would be forgotten; "
+            "give one `on: forget`"
+        )
     if lora is not None:
         return (
             "model.lora: given without terms; the edit changes the weights themselves and no "

@@ -70,6 +70,24 @@ def find_layers(
             "weights they change",
             "merge them first, or change the weights themselves",
         )
+    chosen = named_layers(base, layers, blocks=blocks)
+    _check_weights(base, chosen)
+    groups = _groups(base, chosen)
+    return [Tracked(name, module, groups[name]) for name, module in chosen.items()]
+
+
+def named_layers(
+    model: Any,
+    layers: LayerSet | Sequence[str],
+    *,
+    blocks: tuple[int, int] | None = None,
+) -> dict[str, Any]:
+    """Find the linear layers by name, without running the model.
+
+    Raises:
+        UserError: nothing is found, or what is named is not linear.
+    """
+    base = plain(model)
     found = dict(_inside(base, blocks))
     if isinstance(layers, str):
         chosen = {name: module for name, module in found.items() if _in_set(name, layers)}
@@ -77,9 +95,7 @@ def find_layers(
         chosen = _matching(base, found, layers)
     if not chosen:
         raise UserError(f"layers '{layers}': the model has no such linear layers", _known(found))
-    _check_weights(base, chosen)
-    groups = _groups(base, chosen)
-    return [Tracked(name, module, groups[name]) for name, module in chosen.items()]
+    return chosen
 
 
 def is_linear(module: nn.Module) -> bool:

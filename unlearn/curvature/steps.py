@@ -61,18 +61,26 @@ class Found:
 
 
 def search(
-    measure: Callable[[float], Reading], start: float, goal: Goal, *, trials: int = EVALUATIONS
+    measure: Callable[[float], Reading],
+    now: Reading,
+    start: float,
+    goal: Goal,
+    *,
+    trials: int = EVALUATIONS,
 ) -> Found | None:
     """Find the scale α of a step by bisection on log α, from measurements alone.
 
-    What is given is the longest step tried that is not too far, or None when all were. The
-    quadratic model only gives ``start``: where the forget set was memorised it is far off.
+    What is given is the longest step tried that is not too far, or None when all were. A longer
+    step after which the loss is lower than ``now``, or than after a shorter one, is past the top
+    and too far as well. The quadratic model only gives ``start``: where the forget set was
+    memorised it is far off.
     """
     low, high, alpha, number = 0.0, math.inf, start, 0
     best: Reading | None = None
     while number < trials:
         found, number = measure(alpha), number + 1
-        if goal.too_far(found):
+        worse = found.nll <= now.nll or (best is not None and found.nll < best.nll)
+        if worse or goal.too_far(found):
             high = alpha
         else:
             low, best = alpha, found

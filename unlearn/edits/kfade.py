@@ -303,7 +303,7 @@ class Loop:
                          "total": 8})  # fmt: skip
             return measure(ahead, alpha)
 
-        found = search(attempt, _start(ahead, goal), goal)
+        found = search(attempt, now, _start(ahead, goal), goal)
         if found is None:
             return None
         return found.alpha, found.reading, {"evaluations": found.evaluations}
