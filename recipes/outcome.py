@@ -11,8 +11,10 @@ from unlearn.assistant.build import Assistant, assisted
 from unlearn.assistant.compose import together
 from unlearn.assistant.rules import ALONE, settings
 from unlearn.edits import EDITS
+from unlearn.edits.update import Update, save_update
 from unlearn.errors import UserError
 from unlearn.head import plain
+from unlearn.ranks import Ranks
 from unlearn.recipes.prepare import Prepared
 
 
@@ -74,15 +76,27 @@ def _edited(prepared: Prepared, model: Any) -> Any:
 
 
 def edited(
-    prepared: Prepared, model: Any, listen: Callable[[dict[str, Any]], None]
+    prepared: Prepared,
+    model: Any,
+    listen: Callable[[dict[str, Any]], None],
+    *,
+    weights_hash: str,
+    place: Path,
 ) -> tuple[Any, dict[str, Any]]:
-    """Apply an edit that trains nothing, on every process alike; give the model and a summary."""
+    """Apply an edit that trains nothing, on every process alike; give the model and a summary.
+
+    What it has added to the weights, where it tells, is kept in a file at ``place``.
+    """
     section = prepared.recipe.edit
     assert section is not None
-    taken: list[int] = []
+    steps: list[int] = []
+    changes: dict[str, Any] = {}
 
     def hear(event: dict[str, Any]) -> None:
-        taken.extend([event["step"]] if event["event"] == "step" else [])
+        if event["event"] == "update":
+            changes.update(event["weights"])
+            return
+        steps.extend([event["step"]] if event["event"] == "step" else [])
         listen(event)
 
     hear({"event": "stage", "stage": "edit", "name": section.name})
@@ -91,7 +105,10 @@ def edited(
         "listen": hear,
     }
     model = EDITS[section.name](model, given, **section.hyper)
-    return model, {"steps": len(taken), "peak_memory_bytes": monitors.peak_memory_bytes()}
+    if changes:
+        about = {"edit": section.name, "hyper": section.hyper, "start": weights_hash}
+        Ranks.world().first(lambda: save_update(Update(changes, about), place))
+    return model, {"steps": len(steps), "peak_memory_bytes": monitors.peak_memory_bytes()}
 
 
 def assistant_of(prepared: Prepared) -> Assistant | None:

@@ -229,7 +229,10 @@ class _Run:
     def _change(self, model: Any, stop: monitors.StopRequest) -> tuple[Any, dict[str, Any]]:
         """Train the model, or apply an edit that trains nothing."""
         if not self.prepared.recipe.trains:
-            return outcome.edited(self.prepared, model, self.emit)
+            start = self.manifest["model_sha256"]
+            return outcome.edited(
+                self.prepared, model, self.emit, weights_hash=start, place=self.folder.update
+            )
         return train(
             self.prepared,
             model,

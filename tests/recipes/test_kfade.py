@@ -6,7 +6,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from unlearn.edits.update import load_update, reapply
 from unlearn.errors import UserError
+from unlearn.models import load_model
 from unlearn.recipes.files import dump, load
 from unlearn.recipes.mistakes import find_mistakes
 from unlearn.recipes.plan import measure_step, plan_run
@@ -38,6 +40,9 @@ def test_a_run_edits_the_model_and_shows_its_steps(recipe):
     assert all(".mlp." in name for name in changed)
     assert not Path("out/checkpoints").exists()
     assert Path("out/report.html").is_file()
+    update = load_update(Path("out/update.safetensors"))
+    again = reapply(load_model("model", device="cpu"), update, scale=1.0)
+    assert all(torch.equal(one, edited[name]) for name, one in again.state_dict().items())
 
 
 def test_a_recorded_recipe_gives_the_same_model(recipe):

@@ -37,8 +37,11 @@ class Tracked:
     @property
     def weight(self) -> Float[Tensor, "out in"]:
         """The weight as [out, in], a view where the module keeps it transposed (GPT-2)."""
-        weight: Tensor = self.module.weight
-        return weight.t() if isinstance(self.module, Conv1D) else weight
+        return self.laid_out(self.module.weight)
+
+    def laid_out(self, values: Tensor) -> Tensor:
+        """Turn [out, in] into the module's own layout, or back."""
+        return values.t() if isinstance(self.module, Conv1D) else values
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -121,6 +121,12 @@ class Weights:
                 moved += alpha * step.weights[layer.name]
             layer.weight.copy_(moved)
 
+    def changes(self) -> dict[str, Tensor]:
+        """Give what has been added so far, by name of the weight and laid out as it is."""
+        return {
+            f"{layer.name}.weight": layer.laid_out(self.total[layer.name]) for layer in self.layers
+        }
+
     def take(self, step: Direction, alpha: float) -> None:
         """Add a step for good."""
         for name, total in self.total.items():

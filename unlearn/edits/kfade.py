@@ -82,7 +82,8 @@ def kfade(  # noqa: PLR0913 - each is a key of the recipe's edit section
 
     ``retain_tokens`` caps the labelled tokens that H is fitted to; ``forget_rows`` those rows that
     are measured. ``factors`` names a file: read when it is there, else written. ``listen`` is told
-    of progress, and a ``step`` event after every step.
+    of progress, a ``step`` after every step, and in the end an ``update``: what was added to each
+    weight, in fp32.
     """
     rule = Rule(step_rule, steps, step_size, forget_nll, retain_kl)
     rule.check()
@@ -94,6 +95,7 @@ def kfade(  # noqa: PLR0913 - each is a key of the recipe's edit section
     keep = Path(factors) if factors else None
     loop = Loop(model, rows, tracked, scorer, rule, Damping.parse(damping), listen)
     loop.run(partial(_fitted, model, rows, tracked, settings, scorer, keep, listen), refit=refit)
+    listen({"event": "update", "weights": loop.weights.changes()})
     return model
 
 
@@ -232,12 +234,14 @@ class Loop:
     damping: Damping
     listen: Listen
 
+    def __post_init__(self) -> None:
+        self.weights = Weights(self.layers)
+
     def run(self, fit: Callable[[], Curvature], *, refit: bool) -> list[dict[str, Any]]:
         """Take the steps; give a record of each."""
         started = time.monotonic()
-        weights = Weights(self.layers)
         reference = Reference.of(self.model, self.rows.held_out, self.scorer)
-        measure = partial(self._measured, weights, reference)
+        measure = partial(self._measured, reference)
         now, records = measure(None, 0.0), []
         curvature: Curvature | None = None
         for step in range(1, self.rule.steps + 1):
@@ -253,13 +257,13 @@ class Loop:
             if record is None:
                 break
             alpha, now, more = record
-            weights.take(ahead, alpha)
+            self.weights.take(ahead, alpha)
             event = _event(step, self.rule.steps, alpha, now, ahead)
             event |= more | {"seconds": round(time.monotonic() - started, 3),
                              "tokens": self._tokens(step, refit)}  # fmt: skip
             self.listen(event)
             records.append(event)
-        weights.put()
+        self.weights.put()
         if not records:
             raise RunFailed(
                 f"no step was taken: the forget loss is {now.nll:.3f} nats per token, the KL "
@@ -268,10 +272,8 @@ class Loop:
             )
         return records
 
-    def _measured(
-        self, weights: Weights, reference: Reference, step: Direction | None, alpha: float
-    ) -> Reading:
-        weights.put(step, alpha)
+    def _measured(self, reference: Reference, step: Direction | None, alpha: float) -> Reading:
+        self.weights.put(step, alpha)
         nll = mean_nll(self.model, self.rows.measured, self.scorer)
         return Reading(nll, reference.kl(self.model))
 
