@@ -153,6 +153,18 @@ def test_what_cannot_be_followed_is_refused(edit, hyper, message):
         edit(**hyper)
 
 
+@pytest.mark.filterwarnings("default")
+def test_too_few_retain_rows_are_told(memorised):
+    """20 fitted rows of 5 labelled tokens for factors of 48 dimensions: 100 are enough for 50."""
+    events = []
+    data = {"forget": DATA["forget"], "retain": DATA["retain"][:10]}
+    with pytest.warns(UserWarning, match="40 loss tokens for factors of up to 48"):
+        kfade(copy.deepcopy(memorised), data, events.append, step_rule="fixed", step_size=1e-6,
+              steps=1)  # fmt: skip
+    (told,) = [event["message"] for event in events if event["event"] == "warning"]
+    assert "give more retain rows" in told
+
+
 def test_a_goal_that_is_reached_already_leaves_nothing_to_do(edit):
     with pytest.raises(RunFailed, match="no step was taken"):
         edit(forget_nll=1e-4)

@@ -1,7 +1,9 @@
 """K-FADE: a few uphill Gauss–Newton steps on the forget loss, in the metric of the retain KL."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -94,9 +96,23 @@ def kfade(  # noqa: PLR0913 - each is a key of the recipe's edit section
     tracked, scorer = find_layers(model, layers), Scorer.for_model(model)
     keep = Path(factors) if factors else None
     loop = Loop(model, rows, tracked, scorer, rule, Damping.parse(damping), listen)
-    loop.run(partial(_fitted, model, rows, tracked, settings, scorer, keep, listen), refit=refit)
+    fit = partial(_fitted, model, rows, tracked, settings, scorer, keep, listen)
+    with _warnings_told(listen):
+        loop.run(fit, refit=refit)
     listen({"event": "update", "weights": loop.weights.changes()})
     return model
+
+
+@contextmanager
+def _warnings_told(listen: Listen) -> Iterator[None]:
+    """Tell the listener of our own warnings too, and let all of them go on their way."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    for one in caught:
+        if one.category is UserWarning:
+            listen({"event": "warning", "message": str(one.message)})
+        warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
 
 
 @dataclass(frozen=True)
