@@ -39,6 +39,8 @@ def edit_parts(prepared: Prepared, model: Any, size: Footprint, device: str) -> 
     squares = [_square(small, limit) + _square(large, limit) for small, large in shapes]
     tokens = min(how["batch_tokens"], CPU_TOKENS) if device == "cpu" else how["batch_tokens"]
     piece = CPU_PIECE_BYTES if device == "cpu" else CHUNK_BYTES
+    recomputed = prepared.recipe.training.gradient_checkpointing
+    kept = (size.checkpointed if recomputed else size.kept)[None]
     factors, spectrum = width * sum(squares), tracked * (how["curvature"] in ("ekfac", "diag"))
     if how["curvature"] == "diag":
         factors = 0
@@ -48,7 +50,7 @@ def edit_parts(prepared: Prepared, model: Any, size: Footprint, device: str) -> 
         Part("gradient", 2 * tracked, "of the forget loss, and the step it becomes"),
         Part("curvature", factors + spectrum, f"of {len(layers)} layers, {how['curvature']}"),
         Part("solving", SOLVING * width * max(squares), "the layer with the largest factors"),
-        Part("activations", size.kept[None] * tokens, f"{tokens:,} tokens"),
+        Part("activations", kept * tokens, f"{tokens:,} tokens"),
         Part("head", 4 * piece, "logits in chunks"),
     ]
 

@@ -104,11 +104,13 @@ def edited(
         "data": {name: stream.examples for name, stream in prepared.streams.items()},
         "listen": hear,
     }
-    model = EDITS[section.name](model, given, **section.hyper)
+    with models.recomputed(model, on=prepared.recipe.training.gradient_checkpointing):
+        model = EDITS[section.name](model, given, **section.hyper)
     if changes:
         about = {"edit": section.name, "hyper": section.hyper, "start": weights_hash}
         Ranks.world().first(lambda: save_update(Update(changes, about), place))
-    return model, {"steps": len(steps), "peak_memory_bytes": monitors.peak_memory_bytes()}
+    memory = monitors.peak_memory_bytes()
+    return model, {"edit": section.name, "steps": len(steps), "peak_memory_bytes": memory}
 
 
 def assistant_of(prepared: Prepared) -> Assistant | None:

@@ -8,10 +8,12 @@ import torch
 from transformers.pytorch_utils import Conv1D
 
 from unlearn.curvature import blocks as blocks_module
+from unlearn.curvature.blocks import Blocks
 from unlearn.curvature.fit import FitSettings, fit_curvature, gradient
 from unlearn.curvature.layers import find_layers
 from unlearn.curvature.passes import Batch, Rows
 from unlearn.errors import UserError
+from unlearn.scores import Scorer
 
 EXACT = {"rtol": 1e-10, "atol": 1e-12}
 EMPIRICAL = FitSettings(fisher="empirical")
@@ -235,3 +237,35 @@ def test_rows_without_labels_and_weights_that_overflow_are_refused(llama, rows):
         pytest.raises(UserError, match="is not finite"),
     ):
         fit_curvature(llama, Rows(rows), layers)
+
+
+@pytest.mark.filterwarnings("ignore:.*loss tokens for factors")
+def test_full_logits_give_the_same_factors(llama, rows):
+    """For a model whose head cannot be called apart."""
+    layers = find_layers(llama)
+    ours, theirs = (
+        fit_curvature(llama, Rows(rows), layers, FitSettings("ekfac"), scorer=scorer)
+        for scorer in (Scorer.for_model(llama), Scorer(None))
+    )
+    assert_same(ours, theirs, rtol=1e-8, atol=1e-10)
+
+
+def test_sums_of_bfloat16_rows_are_taken_in_float32():
+    """400 batches: sums in bfloat16 would stop growing after 256 of them."""
+    rows = torch.ones(400, 3, dtype=torch.bfloat16)
+    found = Blocks.zeros(3, 16384, dtype=torch.float32, device="cpu")
+    for row in rows.split(1):
+        found.add_rows(row)
+    assert torch.equal(found.finished(400).dense(), torch.ones(3, 3))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", [64, 4608])
+def test_sums_of_bfloat16_on_cuda_are_those_of_float32(size):
+    rows = torch.randn(500, size, device="cuda", dtype=torch.bfloat16)
+    found = Blocks.zeros(size, 16384, dtype=torch.float32, device="cuda")
+    for part in rows.split(100):
+        found.add_rows(part)
+    exact = rows.double().t() @ rows.double() / 500
+    ours = found.finished(500).dense().double()
+    assert (ours - exact).norm() < 1e-5 * exact.norm()

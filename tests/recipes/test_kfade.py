@@ -68,6 +68,25 @@ def test_a_plan_counts_steps_of_the_edit_and_no_optimiser(recipe):
         measure_step(prepared)
 
 
+def test_recomputed_activations_and_a_part_of_the_rows(recipe):
+    """The same weights without memory for activations; other weights from half of the rows."""
+    run(recipe("kfade", *GOAL))
+    run(recipe("kfade", *GOAL, "training.gradient_checkpointing=true", out="recomputed"))
+    half = "data.select={by: random, fraction: 0.5}"
+    results = run(recipe("kfade", *GOAL, half, out="half"))
+    first, second, third = (
+        AutoModelForCausalLM.from_pretrained(f"{out}/model").model.layers[0].mlp.up_proj.weight
+        for out in ("out", "recomputed", "half")
+    )
+    torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(first, third, rtol=1e-2, atol=1e-3)
+    selection = results["selection"]
+    assert len(selection["indices"]) == 5
+    assert selection["passes"] == selection["steps"] == 2
+    assert "scaled_from" not in selection
+    assert "steps of kfade" in Path("half/report.md").read_text()
+
+
 def mistakes(text):
     return list(map(str, find_mistakes(parse_tree(text, "a.yaml"))))
 

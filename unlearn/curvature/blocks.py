@@ -69,12 +69,20 @@ def block_widths(size: int, limit: int) -> list[int]:
 
 
 def _add_gram(total: Tensor, rows: Tensor) -> None:
-    if total.is_cuda and rows.dtype == torch.bfloat16 and total.dtype == torch.float32:
-        rows = rows.contiguous()  # exact products, fp32 sums: no copy in fp32 is needed
-        _tiles(total, lambda out, a, b: torch.addmm(out, a, b, out_dtype=torch.float32, out=out),
-               rows)  # fmt: skip
+    """Add XᵀX; bf16 on CUDA is multiplied as it is and summed in fp32, elsewhere converted."""
+    if _multiplies_mixed(total, rows):
+        _tiles(total, _add_mixed, rows.contiguous())
         return
     _tiles(total, lambda out, a, b: out.addmm_(a, b), rows.to(total.dtype))
+
+
+def _multiplies_mixed(total: Tensor, rows: Tensor) -> bool:
+    half = rows.dtype == torch.bfloat16 and total.dtype == torch.float32
+    return half and total.is_cuda and hasattr(torch.ops.aten.addmm, "dtype")
+
+
+def _add_mixed(total: Tensor, a: Tensor, b: Tensor) -> None:
+    total.copy_(torch.addmm(total, a, b, out_dtype=torch.float32))
 
 
 def _tiles(total: Tensor, add: Callable[[Tensor, Tensor, Tensor], object], rows: Tensor) -> None:

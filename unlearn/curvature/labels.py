@@ -77,7 +77,8 @@ def sample(
     total = cumulative[:, -1:].contiguous()
     below = torch.nextafter(total, torch.zeros_like(total))  # rounding must not go past the end
     threshold = torch.minimum(at.to(cumulative)[:, None] * total, below)
-    return torch.searchsorted(cumulative, threshold, right=True)[:, 0]
+    drawn = torch.searchsorted(cumulative, threshold, right=True)[:, 0]
+    return drawn.clamp_max(probabilities.shape[-1] - 1)  # NaN is past the end; it is told later
 
 
 @dataclass(frozen=True)
