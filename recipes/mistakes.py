@@ -277,6 +277,9 @@ def _edit(tree: Tree) -> Iterator[Mistake]:
         return
     if why := terms_mistake(name, bool(tree.get("terms"))):
         yield Mistake(("terms",), why)
-    for key in section.keys() - EditSection.model_fields.keys():
-        for why in check_hyper(name, {key: section[key]}):
-            yield Mistake(("edit", key), why)
+    hyper = {key: value for key, value in section.items() if key not in EditSection.model_fields}
+    wrong = [(key, why) for key in hyper for why in check_hyper(name, {key: hyper[key]})]
+    for key, why in wrong:
+        yield Mistake(("edit", key), why)
+    if not wrong and (together := EDITS[name].check(EDITS[name].hyper | hyper)):
+        yield Mistake(("edit",), together)

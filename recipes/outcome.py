@@ -103,6 +103,7 @@ def edited(
     given = {
         "data": {name: stream.examples for name, stream in prepared.streams.items()},
         "listen": hear,
+        "seed": prepared.recipe.seed,
     }
     with models.recomputed(model, on=prepared.recipe.training.gradient_checkpointing):
         model = EDITS[section.name](model, given, **section.hyper)

@@ -30,6 +30,7 @@ from unlearn.recipes.sections import (
     EditSection,
     ExtraSection,
     LoraSection,
+    Scheduler,
     check_assistant,
     check_edit,
     without_terms,
@@ -38,19 +39,6 @@ from unlearn.recipes.sections import (
 Stream = Literal["forget", "retain", "refusal", "retain_refusal", "alternate"]
 """Rows that a term can be on; the last three are other answers to the questions of these rows."""
 Engine = Literal["none", "ddp", "fsdp2", "zero2", "zero3", "zero3-offload"]
-Scheduler = Literal[
-    "linear",
-    "cosine",
-    "cosine_with_restarts",
-    "cosine_with_min_lr",
-    "cosine_warmup_with_min_lr",
-    "polynomial",
-    "constant",
-    "constant_with_warmup",
-    "inverse_sqrt",
-    "warmup_stable_decay",
-]
-"""Learning-rate schedules of transformers that need no evaluation loss."""
 
 
 class ModelSection(_Section):

@@ -9,6 +9,20 @@ from pydantic import ConfigDict, Field, ValidationInfo, field_validator
 
 from unlearn.recipes.section import Section
 
+Scheduler = Literal[
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "cosine_with_min_lr",
+    "cosine_warmup_with_min_lr",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
+    "warmup_stable_decay",
+]
+"""Learning-rate schedules of transformers that need no evaluation loss."""
+
 
 class LoraSection(Section):
     """Low-rank adapters: only they are trained, the weights below stay as they are."""

@@ -91,6 +91,7 @@ def mistakes(text):
     return list(map(str, find_mistakes(parse_tree(text, "a.yaml"))))
 
 
+EDIT = "method: a\nedit: {name: kfade, retain_kl: 1.0}\n"
 TERM = "terms: [{objective: nll, on: forget}]\n"
 
 
@@ -100,11 +101,27 @@ TERM = "terms: [{objective: nll, on: forget}]\n"
         ("method: a\n", "terms: missing"),
         ("method: a\nterms: []\n", "no term is on forget and there is no edit"),
         ("method: a\nedit: {name: task_vector}\n", "needs a model that terms have trained"),
-        ("method: a\nedit: {name: kfade}\n" + TERM, "trains nothing: leave terms out"),
-        ("method: a\nedit: {name: kfade}\nmodel: {lora: {}}\n", "model.lora: given without terms"),
         (
-            "method: a\nedit: {name: kfade}\nlaunch: {engine: zero3, nproc: 2}\n",
+            "method: a\nedit: {name: kfade, retain_kl: 1.0}\n" + TERM,
+            "trains nothing: leave terms out",
+        ),
+        (
+            "method: a\nedit: {name: kfade, retain_kl: 0.1}\nmodel: {lora: {}}\n",
+            "model.lora: given without terms",
+        ),
+        (
+            EDIT + "launch: {engine: zero3, nproc: 2}\n",
             "launch.engine: zero3 given without terms",
+        ),
+        ("method: a\nedit: {name: kfade}\n", "edit: step_rule: search needs a goal"),
+        (
+            "method: a\nedit: {name: kfade, step_rule: trust_region, step_size: 0.1, "
+            "curvature: act}\n",
+            "curvature: act does not give",
+        ),
+        (
+            "method: a\nedit: {name: kfade, forget_nll: 3.0, refit: true, factors: f}\n",
+            "factors given with refit",
         ),
         ("method: a\nedit: {name: kfade, damping: much}\n", "must be KIND:C with C above 0"),
         ("method: a\nedit: {name: kfade, step_rule: serch}\n", "'search', 'fixed'"),
@@ -125,7 +142,16 @@ def test_retain_rows_are_needed():
     assert "terms: []" in dump(Recipe.model_validate(tree))
 
 
-def test_goals_that_are_missing_are_told_before_the_model_changes(recipe):
-    with pytest.raises(UserError, match="search needs a goal"):
-        run(recipe("kfade", "edit={name: kfade}"))
-    assert not Path("out/model").exists()
+def test_layers_that_are_missing_are_told_before_anything_is_written(recipe):
+    with pytest.raises(UserError, match="found in no layer's name"):
+        run(recipe("kfade", *GOAL, "edit.layers=[nothing]"))
+    assert not Path("out").exists()
+
+
+def test_the_seed_of_the_run_decides_the_labels(recipe):
+    found = []
+    for number, seed in enumerate((0, 0, 1)):
+        run(recipe("kfade", *GOAL, f"seed={seed}", out=f"{number}"))
+        found.append(load_update(Path(f"{number}/update.safetensors")).weights)
+    assert all(torch.equal(one, found[1][name]) for name, one in found[0].items())
+    assert any(not torch.equal(one, found[2][name]) for name, one in found[0].items())

@@ -3,8 +3,8 @@
 To add one: write the function in a module here and name it in the table. Its signature says what it
 asks for, beside the model as it was before unlearning: ``tuned``, that model trained on the
 recipe's terms; ``data``, the tokenised rows by stream; ``listen``, who is told of events as a run
-knows them. One that does not ask for ``tuned`` trains nothing: its recipe has no terms, and every
-process of a launch calls it. Keyword-only parameters are hyperparameters.
+knows them; ``seed``, the run's. One that does not ask for ``tuned`` trains nothing: its recipe has
+no terms, and every process of a launch calls it. Keyword-only parameters are hyperparameters.
 """
 
 import inspect
@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from unlearn.edits.kfade import kfade
+from unlearn.edits.kfade import kfade, settings_mistake
 from unlearn.edits.task_vector import task_vector
 from unlearn.errors import unknown
 from unlearn.signatures import hyper_mistakes, hyperparameters
@@ -23,6 +23,8 @@ class Edit:
     """A function that changes a model's weights, and what it asks for."""
 
     function: Callable[..., Any]
+    check: Callable[[Mapping[str, Any]], str | None] = lambda hyper: None
+    """Says what is wrong with all hyperparameters together, when each is right by itself."""
 
     @property
     def name(self) -> str:
@@ -35,7 +37,7 @@ class Edit:
         return hyperparameters(self.function)
 
     def asks(self, what: str) -> bool:
-        """Tell whether it takes ``tuned``, ``data`` or ``listen``."""
+        """Tell whether it takes ``tuned``, ``data``, ``listen`` or ``seed``."""
         return what in inspect.signature(self.function).parameters
 
     def __call__(self, model: Any, given: Mapping[str, Any], **hyper: Any) -> Any:
@@ -44,7 +46,9 @@ class Edit:
         return self.function(model, **asked, **hyper)
 
 
-EDITS: dict[str, Edit] = {edit.name: edit for edit in (Edit(task_vector), Edit(kfade))}
+EDITS: dict[str, Edit] = {
+    edit.name: edit for edit in (Edit(task_vector), Edit(kfade, settings_mistake))
+}
 
 
 def find(name: str) -> Edit:

@@ -11,7 +11,7 @@ from statistics import median
 from typing import Any, Literal
 
 import torch
-from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import PositiveFloat, PositiveInt
 
 from unlearn.curvature.damping import Damping, DampingText
 from unlearn.curvature.direction import Direction, direction
@@ -28,7 +28,7 @@ from unlearn.curvature.fit import (
 from unlearn.curvature.labels import Fisher
 from unlearn.curvature.layers import LayerSet, Tracked, find_layers
 from unlearn.curvature.passes import Rows
-from unlearn.curvature.steps import Goal, Reading, Weights, search
+from unlearn.curvature.steps import EVALUATIONS, Goal, Reading, Weights, search
 from unlearn.curvature.storage import load_curvature, save_curvature
 from unlearn.data.encode import Example
 from unlearn.errors import RunFailed, UserError
@@ -47,6 +47,7 @@ def kfade(  # noqa: PLR0913 - each is a key of the recipe's edit section
     model: Any,
     data: Mapping[str, Sequence[Example]],
     listen: Listen = lambda event: None,
+    seed: int = 0,
     *,
     steps: PositiveInt = 4,
     step_rule: StepRule = "search",
@@ -65,7 +66,6 @@ def kfade(  # noqa: PLR0913 - each is a key of the recipe's edit section
     batch_tokens: PositiveInt = 8192,
     max_factor_dim: PositiveInt = 16384,
     factors: str | None = None,
-    seed: NonNegativeInt = 0,
 ) -> Any:
     """Raise the loss of the forget rows where that moves the outputs on the retain rows least.
 
@@ -88,7 +88,8 @@ def kfade(  # noqa: PLR0913 - each is a key of the recipe's edit section
     weight, in fp32.
     """
     rule = Rule(step_rule, steps, step_size, forget_nll, retain_kl)
-    rule.check()
+    if why := rule.mistake() or _unkept(refit, factors):
+        raise UserError(why)
     settings = FitSettings(curvature, fisher, label_draws, max_factor_dim, seed)
     rows = Parts.of(data, held_out, retain_tokens, forget_rows, batch_tokens)
     if rows.warning:
@@ -125,24 +126,22 @@ class Rule:
     forget_nll: float | None
     retain_kl: float | None
 
-    def check(self) -> None:
-        """Refuse what cannot be followed."""
+    def mistake(self) -> str | None:
+        """Say why this cannot be followed; None when it can."""
         sized = self.step_rule in ("fixed", "trust_region")
         if sized and self.size is None:
-            raise UserError(
-                f"step_rule: {self.step_rule} needs step_size",
-                "fixed: the scale α; trust_region: the predicted KL of a step in nats per token",
+            return (
+                f"step_rule: {self.step_rule} needs step_size (fixed: the scale α; trust_region: "
+                "the predicted KL of a step, in nats per token)"
             )
         if not sized and self.size is not None:
-            raise UserError(
-                f"step_size given, which step_rule: {self.step_rule} does not use", "leave it out"
-            )
+            return f"step_size given, which step_rule: {self.step_rule} does not use: leave it out"
         if self.step_rule == "search" and self.forget_nll is None and self.retain_kl is None:
-            raise UserError(
-                "step_rule: search needs a goal",
-                "set forget_nll (nats per token, for instance what the model gives text of this "
-                "kind that it has not seen), retain_kl, or both",
+            return (
+                "step_rule: search needs a goal: set forget_nll (nats per token, for instance what "
+                "the model gives text of this kind that it has not seen), retain_kl, or both"
             )
+        return None
 
     def goal(self, step: int, now: Reading) -> Goal:
         """Give what step number ``step`` (from 1) aims at: an equal share of what is left."""
@@ -159,6 +158,28 @@ class Rule:
         if self.retain_kl is not None and now.kl >= 0.99 * self.retain_kl:
             return "retain_kl reached"
         return None
+
+
+def _unkept(refit: bool, factors: str | None) -> str | None:
+    """Say that a file holds one curvature, when one would be fitted in every step."""
+    if refit and factors is not None:
+        return "factors given with refit: a file keeps one curvature; leave one of them out"
+    return None
+
+
+def settings_mistake(hyper: Mapping[str, Any]) -> str | None:
+    """Say what is wrong with hyperparameters together, each of them right by itself."""
+    rule = Rule(
+        hyper["step_rule"],
+        hyper["steps"],
+        hyper["step_size"],
+        hyper["forget_nll"],
+        hyper["retain_kl"],
+    )
+    unpredicted = hyper["curvature"] == "act" and rule.step_rule == "trust_region"
+    if unpredicted:
+        return "step_rule: trust_region needs a predicted KL, which curvature: act does not give"
+    return rule.mistake() or _unkept(hyper["refit"], hyper["factors"])
 
 
 @dataclass(frozen=True)
@@ -318,7 +339,7 @@ class Loop:
             nonlocal trial
             trial += 1
             self.listen({"event": "progress", "what": f"step {step}: trial", "done": trial,
-                         "total": 8})  # fmt: skip
+                         "total": EVALUATIONS})  # fmt: skip
             return measure(ahead, alpha)
 
         found = search(attempt, now, _start(ahead, goal), goal)
