@@ -117,13 +117,16 @@ def check_edit(value: EditSection | None, info: ValidationInfo) -> EditSection |
     return value
 
 
+NOTHING = (
+    "no term is on forget and there is no edit, so nothing would be forgotten; "
+    "give one `on: forget`"
+)
+
+
 def without_terms(edit: EditSection | None, lora: LoraSection | None, launch: Any) -> str | None:
-    """Say what is wrong with a recipe that has no terms; None when an edit can stand alone."""
+    """Say what is wrong with a recipe that has no terms, after the key; None when nothing is."""
     if edit is None:
-        return (
-            "terms: no term is on forget and there is no edit, so nothing would be forgotten; "
-            "give one `on: forget`"
-        )
+        return f"terms: {NOTHING}"
     if lora is not None:
         return (
             "model.lora: given without terms; the edit changes the weights themselves and no "
