@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from unlearn.cli import data, detect, doctor, evals, jobs, recipes, report, select, sweep
+from unlearn.cli import data, detect, doctor, evals, jobs, reapply, recipes, report, select, sweep
 from unlearn.cli.entry import Json, Offline, go_offline, guarded, naming, say
 from unlearn.cli.options import HOW, Forget, Lora, Map, Method, Model, Out, Preset, Retain, Set
 from unlearn.cli.progress import Emit, listening
@@ -354,6 +354,7 @@ def _show(results: dict[str, Any], *, json: bool) -> None:
 
 
 app.command(rich_help_panel=RUNS, epilog=sweep.EPILOG)(sweep.sweep)
+app.command(rich_help_panel=RUNS, epilog=reapply.EPILOG)(reapply.reapply)
 
 # here and not above, because panels of the help follow the order of the commands
 app.command(rich_help_panel=BEFORE, epilog=doctor.EPILOG)(doctor.doctor)

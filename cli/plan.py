@@ -52,6 +52,13 @@ def print_plan(plan: dict[str, Any]) -> None:
 
 def _steps(console: Any, plan: dict[str, Any]) -> None:
     steps, tokens, parameters = plan["steps"], plan["tokens"], plan["parameters"]
+    if edit := plan["edit"]:
+        console.print(
+            f"[bold]{steps['total']}[/bold] steps of {edit} at most, about "
+            f"[bold]{tokens['total']:,}[/bold] tokens there and back; nothing is trained",
+            highlight=False,
+        )
+        return
     console.print(
         f"[bold]{steps['total']}[/bold] optimiser steps ({steps['per_epoch']} per epoch), about "
         f"[bold]{tokens['total']:,}[/bold] tokens ({tokens['per_step']:,} per step)",
@@ -89,9 +96,10 @@ def _memory(plan: dict[str, Any]) -> Any:
     from rich.table import Table
 
     number = plan["processes"]
+    doing = "while editing" if plan["edit"] else "in training"
     where = f"each of {number} processes" if number > 1 else f"one {plan['device']} device"
     how = f"{plan['engine']}, {plan['dtype']}" if number > 1 else plan["dtype"]
-    table = Table(title=f"memory of {where} in training ({how})", **PLAIN)
+    table = Table(title=f"memory of {where} {doing} ({how})", **PLAIN)
     table.add_column("part")
     table.add_column("size", justify="right", no_wrap=True)
     table.add_column("why", style="dim")

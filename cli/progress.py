@@ -23,6 +23,7 @@ STAGES = {
     "count": "counting tokens",
     "measure": "timing a few steps",
     "train": "unlearning",
+    "edit": "changing the weights:",
     "save": "saving the model",
 }
 

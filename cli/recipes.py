@@ -28,11 +28,14 @@ def list_recipes(json: Json = False) -> None:
             path = find(name)
             tree = read(path)
             terms = {
-                stream: [term for term in tree["terms"] if rows_of(term["on"]) == stream]
+                stream: [term for term in tree.get("terms", ()) if rows_of(term["on"]) == stream]
                 for stream in ("forget", "retain")
             }
             texts = {key: tree.get(key, "") for key in ("description", "source")}
-            rows.append({"name": name, "kind": kind, **terms, **texts, "path": str(path)})
+            edit = tree.get("edit", {}).get("name")
+            rows.append(
+                {"name": name, "kind": kind, **terms, "edit": edit, **texts, "path": str(path)}
+            )
     say({"recipes": rows}, json=json, people=_print_list)
 
 
@@ -121,9 +124,9 @@ def schema(
     say({"path": str(out)}, json=json, people=_print_schema_use)
 
 
-def _loss(terms: list[dict[str, Any]]) -> str:
-    """Name the terms; their weights are for ``recipes show``."""
-    return " + ".join(term["objective"] for term in terms) or "–"
+def _loss(terms: list[dict[str, Any]], edit: str | None = None) -> str:
+    """Name the terms, or the edit that needs none; their weights are for ``recipes show``."""
+    return " + ".join(term["objective"] for term in terms) or edit or "–"
 
 
 def _check(file: str) -> dict[str, Any]:
@@ -158,7 +161,12 @@ def _print_list(found: dict[str, Any]) -> None:
         table.add_column("retain", style="cyan")
         table.add_column("source", style="dim")
         for row in (row for row in found["recipes"] if row["kind"] == kind):
-            cells = (row["name"], _loss(row["forget"]), _loss(row["retain"]), row["source"])
+            cells = (
+                row["name"],
+                _loss(row["forget"], row["edit"]),
+                _loss(row["retain"]),
+                row["source"],
+            )
             table.add_row(*map(Text, cells))
         console.print(table)
         console.print()

@@ -17,6 +17,8 @@ def schema_for_editors() -> dict[str, Any]:
     schema = Recipe.model_json_schema()
     _name_objectives(schema["$defs"]["Term"])
     _name_arguments(schema["$defs"]["TrainingSection"])
+    schema["required"].remove("terms")
+    schema["anyOf"] = [{"required": ["terms"]}, {"required": ["edit"]}]
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "unlearn recipe",

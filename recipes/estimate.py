@@ -13,6 +13,7 @@ from unlearn.engines import SHARDED
 from unlearn.evals.memory import scoring_bytes, writing_bytes
 from unlearn.evals.retain_kl import logit_bytes
 from unlearn.head import plain
+from unlearn.recipes.edit_memory import edit_parts
 from unlearn.recipes.footprint import Footprint, meta_model
 from unlearn.recipes.memory import (
     PROCESS_BYTES,
@@ -66,7 +67,7 @@ class Estimate:
     @property
     def largest(self) -> Part:
         """What takes most of the peak."""
-        if self.peak.part != "training":
+        if self.peak.part not in ("training", "editing"):
             return self.peak
         return max(self.parts, key=lambda part: part.bytes)
 
@@ -97,9 +98,12 @@ def _read_layers(prepared: Prepared) -> list[int]:
 def estimate(prepared: Prepared, sized: Sized) -> Estimate:
     """Put the formulas of ``unlearn.recipes.memory`` together for a run."""
     size, measuring = sized.size, _measuring(prepared, sized.model, sized.size.weights)
-    how, batch = training_of(prepared), largest_batch(prepared, size)
-    parts = training_parts(size, batch, how)
-    device = device_of(prepared.recipe)
+    how, device = training_of(prepared), device_of(prepared.recipe)
+    trains = prepared.recipe.trains
+    if trains:
+        parts = training_parts(size, largest_batch(prepared, size), how)
+    else:
+        parts = edit_parts(prepared, sized.model, size, device)
     on_cpu = device == "cpu"
     if on_cpu:
         parts.insert(0, Part("process", PROCESS_BYTES, "Python and PyTorch"))
@@ -108,7 +112,11 @@ def estimate(prepared: Prepared, sized: Sized) -> Estimate:
     split = ", before an engine splits them" if how.engine in SHARDED else ""
     stages = [
         Part("loading", process + _loading(size, how), f"whole weights{split}"),
-        Part("training", sum(part.bytes for part in parts), "the parts above"),
+        Part(
+            "training" if trains else "editing",
+            sum(part.bytes for part in parts),
+            "the parts above",
+        ),
         Part("measuring", whole, f"whole weights and {measuring.why}"),
     ]
     if prepared.recipe.evals.every:

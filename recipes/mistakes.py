@@ -11,7 +11,7 @@ from pydantic_core import ErrorDetails
 from unlearn.errors import UserError, did_you_mean
 from unlearn.recipes.passthrough import KINDS, passthrough_mistakes
 from unlearn.recipes.schema import Recipe, Term, TrainingSection
-from unlearn.recipes.sections import EditSection, ExtraSection
+from unlearn.recipes.sections import NOTHING, EditSection, ExtraSection
 from unlearn.recipes.yaml_text import Location, Tree
 
 OTHER_NAMES = {
@@ -111,6 +111,7 @@ def find_mistakes(tree: Tree) -> list[Mistake]:
     """List everything wrong with a recipe's keys and values; an empty list means it is valid."""
     mistakes: dict[Location, Mistake] = {}
     for mistake in (
+        *_no_terms(tree),
         *_schema_mistakes(tree),
         *_passthrough(tree),
         *_objectives(tree),
@@ -118,6 +119,12 @@ def find_mistakes(tree: Tree) -> list[Mistake]:
     ):
         mistakes.setdefault(mistake.at, mistake)
     return list(mistakes.values())
+
+
+def _no_terms(tree: Tree) -> Iterator[Mistake]:
+    """Find a recipe without terms or edit, which the schema finds only when all else is right."""
+    if tree.get("terms") == [] and not tree.get("edit"):
+        yield Mistake(("terms",), NOTHING)
 
 
 def _schema_mistakes(tree: Tree) -> Iterator[Mistake]:
@@ -128,6 +135,10 @@ def _schema_mistakes(tree: Tree) -> Iterator[Mistake]:
         for details in error.errors(include_url=False):
             if details["type"] != "passthrough":
                 at = _without_branches(details["loc"])
+                if details["type"] == "terms":  # its text begins with the key it is about
+                    key, _, text = str(details["ctx"]["why"]).partition(": ")
+                    yield Mistake(tuple(key.split(".")), text)
+                    continue
                 found.setdefault(at, []).append(_describe(at, details))
         for at, messages in found.items():
             yield Mistake(at, _join(messages))
@@ -269,12 +280,17 @@ def _edit(tree: Tree) -> Iterator[Mistake]:
     name = section.get("name") if isinstance(section, dict) else None
     if not isinstance(section, dict) or not isinstance(name, str):
         return
-    from unlearn.edits import EDITS, check_hyper  # noqa: PLC0415 - imports torch
+    from unlearn.edits import EDITS, check_hyper, terms_mistake  # noqa: PLC0415 - imports torch
 
     if name not in EDITS:
         message = f"{name!r} given; must be {_one_of(sorted(EDITS))}{did_you_mean(name, EDITS)}"
         yield Mistake(("edit", "name"), message)
         return
-    for key in section.keys() - EditSection.model_fields.keys():
-        for why in check_hyper(name, {key: section[key]}):
-            yield Mistake(("edit", key), why)
+    if why := terms_mistake(name, bool(tree.get("terms"))):
+        yield Mistake(("terms",), why)
+    hyper = {key: value for key, value in section.items() if key not in EditSection.model_fields}
+    wrong = [(key, why) for key in hyper for why in check_hyper(name, {key: hyper[key]})]
+    for key, why in wrong:
+        yield Mistake(("edit", key), why)
+    if not wrong and (together := EDITS[name].check(EDITS[name].hyper | hyper)):
+        yield Mistake(("edit",), together)

@@ -1,18 +1,20 @@
 """What a recipe trains, and what comes of it: the model itself, an assistant, an edited model."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from unlearn import models
+from unlearn import models, monitors
 from unlearn.assistant.artefact import save_composed
 from unlearn.assistant.build import Assistant, assisted
 from unlearn.assistant.compose import together
 from unlearn.assistant.rules import ALONE, settings
 from unlearn.edits import EDITS
+from unlearn.edits.update import Update, save_update
 from unlearn.errors import UserError
 from unlearn.head import plain
+from unlearn.ranks import Ranks
 from unlearn.recipes.prepare import Prepared
 
 
@@ -62,7 +64,7 @@ def save(prepared: Prepared, model: Any, folder: Path, adapter: Path) -> None:
 def _edited(prepared: Prepared, model: Any) -> Any:
     """Apply the recipe's edit to a trained model that no engine has split."""
     section = prepared.recipe.edit
-    if section is None:
+    if section is None or not prepared.recipe.trains:  # an edit that stands alone has been made
         return model
     given = {
         "tuned": model,
@@ -71,6 +73,45 @@ def _edited(prepared: Prepared, model: Any) -> Any:
     adapted = hasattr(model, "peft_config")  # the weights below adapters are still the first ones
     start = plain(model) if adapted else models.load_model(prepared.source, device="cpu")
     return EDITS[section.name](start, given, **section.hyper)
+
+
+def edited(
+    prepared: Prepared,
+    model: Any,
+    listen: Callable[[dict[str, Any]], None],
+    *,
+    weights_hash: str,
+    place: Path,
+) -> tuple[Any, dict[str, Any]]:
+    """Apply an edit that trains nothing, on every process alike; give the model and a summary.
+
+    What it has added to the weights, where it tells, is kept in a file at ``place``.
+    """
+    section = prepared.recipe.edit
+    assert section is not None
+    steps: list[int] = []
+    changes: dict[str, Any] = {}
+
+    def hear(event: dict[str, Any]) -> None:
+        if event["event"] == "update":
+            changes.update(event["weights"])
+            return
+        steps.extend([event["step"]] if event["event"] == "step" else [])
+        listen(event)
+
+    hear({"event": "stage", "stage": "edit", "name": section.name})
+    given = {
+        "data": {name: stream.examples for name, stream in prepared.streams.items()},
+        "listen": hear,
+        "seed": prepared.recipe.seed,
+    }
+    with models.recomputed(model, on=prepared.recipe.training.gradient_checkpointing):
+        model = EDITS[section.name](model, given, **section.hyper)
+    if changes:
+        about = {"edit": section.name, "hyper": section.hyper, "start": weights_hash}
+        Ranks.world().first(lambda: save_update(Update(changes, about), place))
+    memory = monitors.peak_memory_bytes()
+    return model, {"edit": section.name, "steps": len(steps), "peak_memory_bytes": memory}
 
 
 def assistant_of(prepared: Prepared) -> Assistant | None:

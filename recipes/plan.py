@@ -50,6 +50,7 @@ def plan_run(prepared: Prepared) -> dict[str, Any]:
         "processes": how.processes,
         "device": found.device,
         "dtype": str(models.resolve_dtype(recipe.model.dtype)).removeprefix("torch."),
+        "edit": None if recipe.trains or recipe.edit is None else recipe.edit.name,
         "steps": _steps(prepared),
         "selection": choice_plan(prepared),
         "tokens": _tokens(prepared),
@@ -115,6 +116,10 @@ def measure_step(prepared: Prepared, *, repeats: int = 3) -> dict[str, Any]:
 
     Outside of a launch one process is measured, with its share of the step and no engine.
     """
+    if not prepared.recipe.trains:
+        raise UserError(
+            "an edit trains nothing, so there are no steps to be timed", "leave --measure out"
+        )
     processes = Ranks.world().size
     here = prepared if processes > 1 else _alone(prepared)
     model = models.load_model(here.source)
@@ -170,6 +175,8 @@ def _steps(prepared: Prepared) -> dict[str, int]:
 
 def _tokens(prepared: Prepared) -> dict[str, int]:
     """Count expected real (not padding) tokens; every forget row brings one row of each stream."""
+    if not prepared.recipe.trains:
+        return _edited_tokens(prepared)
     means = [
         statistics.mean(len(example.input_ids) for example in stream.examples)
         for stream in prepared.trained.values()
@@ -180,6 +187,15 @@ def _tokens(prepared: Prepared) -> dict[str, int]:
         rows = chosen["rows"] * chosen["passes"] / prepared.steps
     per_step = round(sum(means) * rows)
     return {"per_step": per_step, "total": per_step * prepared.steps}
+
+
+def _edited_tokens(prepared: Prepared) -> dict[str, int]:
+    """Count what an edit passes over: the forget set in every step, the retain set once."""
+    forget, retain = (
+        sum(len(row.input_ids) for row in prepared.streams[name].examples)
+        for name in ("forget", "retain")
+    )
+    return {"per_step": forget, "total": forget * prepared.steps + retain}
 
 
 def _files(prepared: Prepared, size: Footprint, how: Training) -> tuple[int, list[dict[str, Any]]]:
@@ -202,6 +218,10 @@ def _files(prepared: Prepared, size: Footprint, how: Training) -> tuple[int, lis
         "model/": size.trained if recipe.assistant else whole,
         "evals/, report.html, report.md, results.json": 2**20,
     }
+    if not recipe.trains:  # nothing is kept on the way
+        del sizes["checkpoints/"]
+        sizes["update.safetensors"] = 4 * size.parameters  # at most: of changed weights, in fp32
+        reference = 0
     if recipe.model.lora and not recipe.assistant:
         sizes["adapter/"] = size.trained
     if recipe.evals.select_best:

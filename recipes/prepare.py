@@ -20,6 +20,7 @@ from unlearn.data.answers import (
     read_refusals,
 )
 from unlearn.data.collate import StreamDataset
+from unlearn.edits import EDITS
 from unlearn.engines import Engine
 from unlearn.errors import UserError
 from unlearn.evals.forget_retain import Split
@@ -101,6 +102,8 @@ class Prepared:
         The retain set always does, so that the curve shows what happens to it; the forget set only
         where a term reads it, and not only other answers to its questions.
         """
+        if not self.recipe.trains:  # an edit reads what is given
+            return self.given
         read = {"retain", *self.recipe.read_streams()}
         return {name: stream for name, stream in self.streams.items() if name in read}
 
@@ -139,8 +142,10 @@ class Prepared:
 
     @property
     def steps(self) -> int:
-        """Optimiser steps of the whole run."""
-        training = self.recipe.training
+        """Optimiser steps of the whole run; those of an edit that trains nothing."""
+        training, edit = self.recipe.training, self.recipe.edit
+        if edit and not self.recipe.trains:
+            return int((EDITS[edit.name].hyper | edit.hyper).get("steps", 1))
         if training.max_steps > 0:
             return training.max_steps
         return math.ceil(self.steps_per_epoch * training.num_train_epochs)

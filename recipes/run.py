@@ -218,7 +218,22 @@ class _Run:
         before = self.benchmark("before", model)
         if rule := self.prepared.recipe.evals.select_best:
             check_rule(rule, before["metrics"])
-        model, summary = train(
+        model, summary = self._change(model, stop)
+        self.manifest["training"] = summary
+        if self.selection:
+            self._measure_step(model, summary["steps"])
+        self._save(model)
+        del model
+        gc.collect()
+
+    def _change(self, model: Any, stop: monitors.StopRequest) -> tuple[Any, dict[str, Any]]:
+        """Train the model, or apply an edit that trains nothing."""
+        if not self.prepared.recipe.trains:
+            start = self.manifest["model_sha256"]
+            return outcome.edited(
+                self.prepared, model, self.emit, weights_hash=start, place=self.folder.update
+            )
+        return train(
             self.prepared,
             model,
             self.folder,
@@ -227,12 +242,6 @@ class _Run:
             emit=self.emit,
             on_step=self._measure_step,
         )
-        self.manifest["training"] = summary
-        if self.selection:
-            self._measure_step(model, summary["steps"])
-        self._save(model)
-        del model
-        gc.collect()
 
     def _choose(self, model: Any) -> None:
         """Train on a part of the forget set from here on; a run chooses once."""

@@ -30,26 +30,15 @@ from unlearn.recipes.sections import (
     EditSection,
     ExtraSection,
     LoraSection,
+    Scheduler,
     check_assistant,
     check_edit,
+    without_terms,
 )
 
 Stream = Literal["forget", "retain", "refusal", "retain_refusal", "alternate"]
 """Rows that a term can be on; the last three are other answers to the questions of these rows."""
 Engine = Literal["none", "ddp", "fsdp2", "zero2", "zero3", "zero3-offload"]
-Scheduler = Literal[
-    "linear",
-    "cosine",
-    "cosine_with_restarts",
-    "cosine_with_min_lr",
-    "cosine_warmup_with_min_lr",
-    "polynomial",
-    "constant",
-    "constant_with_warmup",
-    "inverse_sqrt",
-    "warmup_stable_decay",
-]
-"""Learning-rate schedules of transformers that need no evaluation loss."""
 
 
 class ModelSection(_Section):
@@ -282,7 +271,7 @@ class LaunchSection(_Section):
 
 
 def _forgets(terms: tuple[Term, ...]) -> tuple[Term, ...]:
-    if not any(rows_of(stream) == "forget" for term in terms for stream in term.streams):
+    if terms and not any(rows_of(stream) == "forget" for term in terms for stream in term.streams):
         raise ValueError(
             "no term is on forget, so nothing would be forgotten; give one `on: forget`"
         )
@@ -301,18 +290,30 @@ class Recipe(_Section):
     model: ModelSection = ModelSection()
     data: DataSection = DataSection()
     terms: Annotated[tuple[Term, ...], Field(strict=False), AfterValidator(_forgets)]
-    """Terms of the loss; at least one on forget."""
+    """Terms of the loss; at least one on forget. None where an edit trains nothing."""
     training: TrainingSection = TrainingSection()
     evals: EvalsSection = EvalsSection()
     launch: LaunchSection = LaunchSection()
     assistant: Annotated[AssistantSection | None, AfterValidator(check_assistant)] = None
     """Train an assistant whose logits change those of the model; `{}` takes the defaults."""
     edit: Annotated[EditSection | None, AfterValidator(check_edit)] = None
-    """Change the weights by an edit once the terms are trained."""
+    """Change the weights by an edit: once the terms are trained, or instead of any training."""
     seed: int = Field(default=0, ge=0, lt=2**32)
     """Seed of everything random: pairing, order, dropout."""
     out: str | None = Field(default=None, min_length=1)
     """New folder for the run. Required to run."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_terms_beside_an_edit(cls, tree: Any) -> Any:
+        """An edit may stand alone; without one, ``terms`` must be given."""
+        alone = isinstance(tree, dict) and tree.get("edit") and "terms" not in tree
+        return {**tree, "terms": ()} if alone else tree
+
+    @property
+    def trains(self) -> bool:
+        """Tell whether there is a loss to be trained on, or an edit alone."""
+        return bool(self.terms)
 
     @property
     def accumulation(self) -> int:
@@ -336,6 +337,12 @@ class Recipe(_Section):
                 f"{self.training.per_device_train_batch_size} on {self.launch.processes} processes)"
             )
             raise PydanticCustomError("global_batch", "{why}", {"why": message})
+        return self
+
+    @model_validator(mode="after")
+    def _trains_or_edits(self) -> Self:
+        if not self.terms and (why := without_terms(self.edit, self.model.lora, self.launch)):
+            raise PydanticCustomError("terms", "{why}", {"why": why})
         return self
 
     @model_validator(mode="after")
@@ -366,6 +373,7 @@ class Recipe(_Section):
             f"term '{retains[0]}' is on retain" if retains else "": bool(retains),
             "data.select.by is keyword": by_log_odds,
             "evals.retain_kl is measured on them": self.evals.retain_kl,
+            "the edit is measured on them": not self.trains,
         }
         if why := next((why for why, needed in users.items() if needed), None):
             needs.insert(2, ("data.retain", self.data.retain, f"--retain, the rows to keep: {why}"))

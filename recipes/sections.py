@@ -9,6 +9,20 @@ from pydantic import ConfigDict, Field, ValidationInfo, field_validator
 
 from unlearn.recipes.section import Section
 
+Scheduler = Literal[
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "cosine_with_min_lr",
+    "cosine_warmup_with_min_lr",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
+    "warmup_stable_decay",
+]
+"""Learning-rate schedules of transformers that need no evaluation loss."""
+
 
 class LoraSection(Section):
     """Low-rank adapters: only they are trained, the weights below stay as they are."""
@@ -101,3 +115,26 @@ def check_edit(value: EditSection | None, info: ValidationInfo) -> EditSection |
             "leave evals.every out"
         )
     return value
+
+
+NOTHING = (
+    "no term is on forget and there is no edit, so nothing would be forgotten; "
+    "give one `on: forget`"
+)
+
+
+def without_terms(edit: EditSection | None, lora: LoraSection | None, launch: Any) -> str | None:
+    """Say what is wrong with a recipe that has no terms, after the key; None when nothing is."""
+    if edit is None:
+        return f"terms: {NOTHING}"
+    if lora is not None:
+        return (
+            "model.lora: given without terms; the edit changes the weights themselves and no "
+            "adapters: leave lora out"
+        )
+    if launch.chosen not in ("none", "ddp"):
+        return (
+            f"launch.engine: {launch.chosen} given without terms; it would split weights that the "
+            "edit changes as a whole: use ddp"
+        )
+    return None

@@ -171,6 +171,8 @@ def _passes(prepared: Prepared, examples: int) -> dict[str, Any]:
     ``scaled_from``: the passes over the whole set that take as many steps; without it the user
     gave the number of steps.
     """
+    if not prepared.recipe.trains:  # every step of an edit passes over all that was chosen
+        return {"steps": prepared.steps, "passes": prepared.steps}
     training = prepared.recipe.training
     passes = prepared.steps / -(-examples // prepared.rows_per_step)
     scaled = {"scaled_from": training.num_train_epochs} if training.max_steps <= 0 else {}

@@ -59,7 +59,7 @@ def _thinned(
     """Skip what is not read in the last layer, where there is anything to read and to skip."""
     if thinning is None or not thinning.read.any() or is_recomputed(plain(model)):
         return nullcontext()
-    return _replaced(thinning.block, thinning.forward(packing))
+    return replaced(thinning.block, thinning.forward(packing))
 
 
 def read_layout(
@@ -103,7 +103,7 @@ def _reading(model: Any, head: VocabularyHead, read: Read) -> Callable[..., Any]
         # our hook is the last one: an engine's have seen, and perhaps replaced, what is read
         handle = linear.register_forward_hook(stop)
         try:
-            with _replaced(linear, lambda hidden: read(inside, hidden)):
+            with replaced(linear, lambda hidden: read(inside, hidden)):
                 forward()
         except _HeadRead as reached:
             return reached.said
@@ -118,12 +118,12 @@ def _from_inside(model: Any, work: Callable[[Callable[[], Any]], Any], **inputs:
     """Call the wrapped model; at its core do ``work``, given the core's own forward pass."""
     core = plain(model)
     forward = core.forward
-    with _replaced(core, lambda *args, **named: work(lambda: forward(*args, **named))):
+    with replaced(core, lambda *args, **named: work(lambda: forward(*args, **named))):
         return model(**inputs)
 
 
 @contextmanager
-def _replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+def replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """Give a module another ``forward`` inside the block; its hooks stay."""
     before = module.__dict__.get("forward")  # an instance's own, as Accelerate sets it
     module.forward = forward

@@ -305,6 +305,21 @@ def train_only(model: Any, patterns: Sequence[str]) -> None:
         parameter.requires_grad_(any(re.search(pattern, name) for pattern in patterns))
 
 
+@contextmanager
+def recomputed(model: Any, *, on: bool = True) -> Iterator[None]:
+    """Compute activations again in backward passes inside the block: slower, far less memory."""
+    if not on:
+        yield
+        return
+    new = hasattr(model, "activation_checkpointing_enable")  # its name since transformers 5.23
+    verb = "activation" if new else "gradient"
+    getattr(model, f"{verb}_checkpointing_enable")({"use_reentrant": False})
+    try:
+        yield
+    finally:
+        getattr(model, f"{verb}_checkpointing_disable")()
+
+
 def _has_module(model: Any, target: str) -> bool:
     return any(f".{name}".endswith(f".{target}") for name, _ in model.named_modules())
 

@@ -80,6 +80,14 @@ class Ranks:
         distributed.all_reduce(total)
         return total.to(values.device)
 
+    def from_rank(self, values: Tensor, owner: int) -> Tensor:
+        """Give what rank ``owner`` holds; the others give a tensor of the same shape and type."""
+        if self.size == 1:
+            return values
+        sent = values.contiguous().to(self.device)
+        distributed.broadcast(sent, owner)
+        return sent.to(values.device)
+
     def all(self, flag: bool) -> bool:
         """Tell whether the flag is set on every rank."""
         return int(self.add(torch.tensor([int(flag)]))) == self.size

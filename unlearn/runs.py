@@ -153,6 +153,11 @@ class RunFolder:
         return self.path / "model"
 
     @property
+    def update(self) -> Path:
+        """What an edit has added to the weights, when the run trained nothing."""
+        return self.path / "update.safetensors"
+
+    @property
     def selection(self) -> Path:
         """The rows trained on and every row's score, when a part of the forget set was chosen."""
         return self.path / "selection.json"

@@ -92,7 +92,8 @@ def training_line(training: Mapping[str, Any]) -> str:
     """Give steps, time, tokens and memory in one line."""
     parts = []
     if training.get("steps") is not None:
-        parts.append(f"{training['steps']:,} optimiser steps")
+        kind = f"steps of {training['edit']}" if training.get("edit") else "optimiser steps"
+        parts.append(f"{training['steps']:,} {kind}")
     if training.get("seconds") is not None:
         parts.append(f"{training['seconds']:,.1f} s")
     if training.get("tokens") is not None:

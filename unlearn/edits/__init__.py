@@ -2,7 +2,9 @@
 
 To add one: write the function in a module here and name it in the table. Its signature says what it
 asks for, beside the model as it was before unlearning: ``tuned``, that model trained on the
-recipe's terms; ``data``, the tokenised rows by stream. Keyword-only parameters are hyperparameters.
+recipe's terms; ``data``, the tokenised rows by stream; ``listen``, who is told of events as a run
+knows them; ``seed``, the run's. One that does not ask for ``tuned`` trains nothing: its recipe has
+no terms, and every process of a launch calls it. Keyword-only parameters are hyperparameters.
 """
 
 import inspect
@@ -10,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from unlearn.edits.kfade import kfade, settings_mistake
 from unlearn.edits.task_vector import task_vector
 from unlearn.errors import unknown
 from unlearn.signatures import hyper_mistakes, hyperparameters
@@ -20,6 +23,8 @@ class Edit:
     """A function that changes a model's weights, and what it asks for."""
 
     function: Callable[..., Any]
+    check: Callable[[Mapping[str, Any]], str | None] = lambda hyper: None
+    """Says what is wrong with all hyperparameters together, when each is right by itself."""
 
     @property
     def name(self) -> str:
@@ -32,7 +37,7 @@ class Edit:
         return hyperparameters(self.function)
 
     def asks(self, what: str) -> bool:
-        """Tell whether it takes ``tuned`` or ``data``."""
+        """Tell whether it takes ``tuned``, ``data``, ``listen`` or ``seed``."""
         return what in inspect.signature(self.function).parameters
 
     def __call__(self, model: Any, given: Mapping[str, Any], **hyper: Any) -> Any:
@@ -41,7 +46,9 @@ class Edit:
         return self.function(model, **asked, **hyper)
 
 
-EDITS: dict[str, Edit] = {edit.name: edit for edit in (Edit(task_vector),)}
+EDITS: dict[str, Edit] = {
+    edit.name: edit for edit in (Edit(task_vector), Edit(kfade, settings_mistake))
+}
 
 
 def find(name: str) -> Edit:
@@ -54,3 +61,10 @@ def find(name: str) -> Edit:
 def check_hyper(name: str, hyper: Mapping[str, Any]) -> list[str]:
     """List what is wrong with these hyperparameters: one message per mistake."""
     return hyper_mistakes(find(name).function, hyper)
+
+
+def terms_mistake(name: str, trains: bool) -> str | None:
+    """Say what is wrong with terms beside this edit, or with none; None when nothing is."""
+    if find(name).asks("tuned"):
+        return None if trains else f"none given; edit {name} needs a model that terms have trained"
+    return f"given with edit {name}, which trains nothing: leave terms out" if trains else None

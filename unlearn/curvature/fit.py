@@ -1,0 +1,224 @@
+"""Fitting curvature to rows in one streaming pass (two where eigenvalues are measured)."""
+
+import hashlib
+import json
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
+
+from unlearn.curvature import sharing
+from unlearn.curvature.factors import (
+    Counts,
+    FactorSums,
+    Kind,
+    LayerCurvature,
+    SpectrumSums,
+    accumulated,
+    counted,
+)
+from unlearn.curvature.labels import Fisher, LabelSource
+from unlearn.curvature.layers import Tracked
+from unlearn.curvature.passes import Batch, Rows, backward_passes, batches, forward_passes
+from unlearn.curvature.solve import eigenvectors
+from unlearn.data.encode import Example
+from unlearn.errors import UserError
+from unlearn.ranks import Ranks, whole
+from unlearn.scores import Scorer
+
+ENOUGH = 2
+"""Loss tokens per dimension of the widest factor, below which there is a warning; 8 are wanted."""
+
+
+@dataclass(frozen=True)
+class FitSettings:
+    """How curvature is estimated; see :data:`~unlearn.curvature.factors.Kind`.
+
+    ``fisher``: labels drawn from the model (``mc``) or those of the rows (``empirical``, another
+    matrix). ``label_draws``: sets of labels drawn per row; more are worth it where rows are few.
+    ``max_factor_dim``: wider axes are cut into blocks.
+    """
+
+    curvature: Kind = "kfac"
+    fisher: Fisher = "mc"
+    label_draws: int = 1
+    max_factor_dim: int = 16384
+    seed: int = 0
+
+    def labels(self, stream: int) -> LabelSource:
+        """Give the labels of a pass; passes draw apart, or the second would be biased."""
+        return LabelSource(self.fisher, self.label_draws, self.seed, stream)
+
+
+@dataclass(frozen=True)
+class Curvature:
+    """The curvature of all tracked layers, and what it was estimated from."""
+
+    layers: Mapping[str, LayerCurvature]
+    counts: Counts
+    identity: Mapping[str, Any]
+
+
+def fit_curvature(
+    model: Any,
+    rows: Rows,
+    layers: Sequence[Tracked],
+    settings: FitSettings | None = None,
+    *,
+    identity: Mapping[str, Any] | None = None,
+    scorer: Scorer | None = None,
+) -> Curvature:
+    """Estimate the curvature of KL(model || changed model) on these rows, layer by layer.
+
+    Every process of a launch must call this with the same rows; they share them and are all given
+    the sums. Factorisations are worked out by one process each.
+
+    Raises:
+        UserError: no row has a labelled token, or a sum is not finite.
+    """
+    settings = settings or FitSettings()
+    model = whole(model)
+    scorer = scorer or Scorer.for_model(model)
+    ranks, kind = Ranks.of(model), settings.curvature
+    if kind == "diag":
+        found = {layer.name: LayerCurvature(layer.group) for layer in layers}
+        found, counts = _spectrum(model, rows, layers, settings, found, scorer)
+    else:
+        sums = _factors(model, rows, layers, settings, scorer).over_ranks(ranks)
+        draws = settings.labels(0).number
+        counts = _checked(sums.counts, layers)
+        found = sums.layers(layers, draws)
+    if kind == "ekfac":
+        found = _with_bases(found, ranks)
+        found, _ = _spectrum(model, rows, layers, settings, found, scorer)
+    for name, layer in found.items():
+        _require_finite(name, layer)
+    return Curvature(found, counts, dict(identity or {}))
+
+
+def _factors(
+    model: Any,
+    rows: Rows,
+    layers: Sequence[Tracked],
+    settings: FitSettings,
+    scorer: Scorer,
+) -> FactorSums:
+    sums = FactorSums.for_layers(layers, settings.curvature, settings.max_factor_dim)
+    stream = counted(batches(model, rows), sums)
+    if settings.curvature == "act":
+        forward_passes(model, layers, stream, sums.hear_inputs, scorer=scorer)
+    else:
+        backward_passes(model, layers, stream, settings.labels(0), sums.hear, scorer=scorer)
+    return sums
+
+
+def _spectrum(
+    model: Any,
+    rows: Rows,
+    layers: Sequence[Tracked],
+    settings: FitSettings,
+    found: Mapping[str, LayerCurvature],
+    scorer: Scorer,
+) -> tuple[dict[str, LayerCurvature], Counts]:
+    """Measure eigenvalues in a pass of its own, with labels of its own."""
+    sums, source = SpectrumSums.for_layers(layers, found), settings.labels(1)
+    stream = counted(batches(model, rows), sums)
+    backward_passes(model, layers, stream, source, sums.hear, scorer=scorer)
+    sums = sums.over_ranks(Ranks.of(model))
+    counts = _checked(sums.counts, layers)
+    labels = counts.labels * source.number
+    return {
+        name: replace(found[name], eigenvalues=total / labels)
+        for name, total in sums.totals.items()
+    }, counts
+
+
+def _with_bases(layers: Mapping[str, LayerCurvature], ranks: Ranks) -> dict[str, LayerCurvature]:
+    """Give every layer the eigenvectors of its factors, which are then no longer needed."""
+    inputs = {one.group: one.inputs for one in layers.values() if one.inputs}
+    outputs = {name: one.outputs for name, one in layers.items() if one.outputs}
+    right = sharing.bases(inputs, eigenvectors, ranks)
+    left = sharing.bases(outputs, eigenvectors, ranks)
+    return {
+        name: LayerCurvature(
+            one.group, input_basis=right[one.group], output_basis=left[name], trace=one.trace
+        )
+        for name, one in layers.items()
+    }
+
+
+def _checked(counts: Counts, layers: Sequence[Tracked]) -> Counts:
+    if not counts.labels:
+        raise UserError("the rows have no labelled token, so there is no curvature", "give others")
+    widest = max(max(layer.shape) for layer in layers)
+    if counts.labels < ENOUGH * widest:
+        warnings.warn(
+            f"{counts.labels} loss tokens for factors of up to {widest} dimensions: curvature is "
+            f"poorly known below {ENOUGH * widest}, and {8 * widest} are wanted; give more retain "
+            "rows, or more label_draws",
+            stacklevel=3,
+        )
+    return counts
+
+
+def _require_finite(name: str, layer: LayerCurvature) -> None:
+    blocks = [one for one in (layer.inputs, layer.outputs) if one is not None]
+    tensors = [part for one in blocks for part in one.parts]
+    tensors += [layer.eigenvalues] if layer.eigenvalues is not None else []
+    if not all(bool(one.isfinite().all()) for one in tensors):
+        raise UserError(
+            f"the curvature of '{name}' is not finite: activations or gradients overflow",
+            "load the model as bfloat16 or float32",
+        )
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """The gradient of the mean negative log-likelihood (nats per token) over labelled tokens."""
+
+    weights: Mapping[str, Float[Tensor, "out in"]]
+    num_labels: int
+
+
+def gradient(
+    model: Any,
+    rows: Rows,
+    layers: Sequence[Tracked],
+    *,
+    scorer: Scorer | None = None,
+) -> Gradient:
+    """Give the gradient of the rows' mean loss for every tracked weight, summed in fp32.
+
+    (In bf16, small contributions of later batches would be lost.)
+    """
+    model = whole(model)
+    ranks, scorer = Ranks.of(model), scorer or Scorer.for_model(model)
+    sums = SpectrumSums.for_layers(layers, {})
+
+    def hear(layer: Tracked, batch: Batch, draw: int, inputs: Tensor, grads: Tensor) -> None:
+        dtype = accumulated(inputs.dtype)
+        sums.totals[layer.name].addmm_(grads.to(dtype).t(), inputs.to(dtype))
+
+    stream, source = counted(batches(model, rows), sums), LabelSource("empirical")
+    backward_passes(model, layers, stream, source, hear, scorer=scorer)
+    sums = sums.over_ranks(ranks)
+    labels = sums.counts.labels
+    if not labels:
+        raise UserError("the rows have no labelled token, so there is no gradient", "give others")
+    return Gradient({name: total / labels for name, total in sums.totals.items()}, labels)
+
+
+def identity_of(
+    weights_hash: str, examples: Sequence[Example], layers: Sequence[Tracked], how: FitSettings
+) -> dict[str, Any]:
+    """Name all that curvature depends on: model, rows, layers and settings."""
+    rows = json.dumps([[one.input_ids, one.labels] for one in examples])
+    return {
+        "model": weights_hash,
+        "rows": hashlib.sha256(rows.encode()).hexdigest(),
+        "layers": [layer.name for layer in layers],
+        **asdict(how),
+    }

@@ -1,0 +1,110 @@
+"""Fitted curvature on disk: one safetensors file that knows which model, rows and settings."""
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from unlearn.curvature.blocks import Blocks
+from unlearn.curvature.factors import Counts, LayerCurvature
+from unlearn.curvature.fit import Curvature
+from unlearn.errors import UserError
+
+FORMAT = "unlearn-curvature-1"
+BLOCKS = ("inputs", "outputs", "input_basis", "output_basis")
+WORDS = {
+    "model": "another model",
+    "rows": "other rows",
+    "layers": "other layers",
+}
+"""What a part of the identity that differs means."""
+
+
+def save_curvature(curvature: Curvature, path: Path) -> None:
+    """Write curvature to a file, completely or not at all; shared input factors once."""
+    metadata = {
+        "format": FORMAT,
+        "identity": json.dumps(dict(curvature.identity)),
+        "counts": json.dumps(asdict(curvature.counts)),
+        "layers": json.dumps({n: [one.group, one.trace] for n, one in curvature.layers.items()}),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+        staged = Path(folder) / "curvature"
+        save_file(_tensors(curvature), staged, metadata)
+        staged.chmod(0o644)
+        os.replace(staged, path)
+
+
+def load_curvature(path: Path, identity: Mapping[str, Any], *, device: Any = "cpu") -> Curvature:
+    """Read curvature that belongs to this model, these rows and these settings.
+
+    Raises:
+        UserError: it is no such file, or it belongs to something else, which is named.
+    """
+    again = "give another file, or remove this one: it is then fitted anew"
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            about = file.metadata() or {}
+            if about.get("format") != FORMAT:
+                raise UserError(f"'{path}' holds no curvature", again)
+            _require_same(path, json.loads(about["identity"]), identity, again)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot read '{path}': {error}", again) from error
+    layers = {
+        name: _layer(tensors, name, group, trace)
+        for name, (group, trace) in json.loads(about["layers"]).items()
+    }
+    return Curvature(layers, Counts(**json.loads(about["counts"])), dict(identity))
+
+
+def _require_same(
+    path: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any], hint: str
+) -> None:
+    for key in [*wanted, *(key for key in stored if key not in wanted)]:
+        theirs, ours = stored.get(key), wanted.get(key)
+        if theirs == ours:
+            continue
+        if key in WORDS:
+            raise UserError(f"'{path}' holds the curvature of {WORDS[key]}", hint)
+        raise UserError(f"'{path}' was fitted with {key} {theirs}, not {ours}", hint)
+
+
+def _tensors(curvature: Curvature) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for name, layer in curvature.layers.items():
+        for kind in BLOCKS:
+            blocks: Blocks | None = getattr(layer, kind)
+            for place, part in enumerate(blocks.parts if blocks else ()):
+                found[f"{_owner(name, layer.group, kind)}.{kind}.{place}"] = part.contiguous()
+        if layer.eigenvalues is not None:
+            found[f"{name}.eigenvalues"] = layer.eigenvalues.contiguous()
+    return found
+
+
+def _owner(name: str, group: str, kind: str) -> str:
+    return group if kind.startswith("input") else name
+
+
+def _layer(
+    tensors: Mapping[str, Tensor], name: str, group: str, trace: float | None
+) -> LayerCurvature:
+    def blocks(kind: str) -> Blocks | None:
+        prefix = f"{_owner(name, group, kind)}.{kind}."
+        parts: list[Tensor] = []
+        while f"{prefix}{len(parts)}" in tensors:
+            parts.append(tensors[f"{prefix}{len(parts)}"])
+        return Blocks(tuple(parts)) if parts else None
+
+    found = {kind: blocks(kind) for kind in BLOCKS}
+    return LayerCurvature(
+        group, **found, eigenvalues=tensors.get(f"{name}.eigenvalues"), trace=trace
+    )
