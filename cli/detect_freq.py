@@ -170,3 +170,5 @@ def _show_table(found: dict[str, Any]) -> None:
         for one in found["most_frequent"]
     )
     console.print(f"[bold]{'frequent':<11}[/]{escape('  '.join(frequent))}")
+    if found["most_frequent"][0]["token"] is None:
+        console.print("(numbers of tokens; with --model their texts)")

@@ -30,18 +30,30 @@ def take_recipe(ctx: typer.Context, path: Path | None) -> Path | None:
                 f"'{path}': unknown key '{key}'{did_you_mean(key, keys)}",
                 f"one of {', '.join(sorted(keys))}",
             )
-        found[keys[key]] = value
+        found[keys[key].name] = _fitting(path, key, value, keys[key])
     ctx.default_map = found
     return path
 
 
-def _keys(command: Any) -> dict[str, str]:
-    """Map what people write to what the function calls it."""
+def _fitting(path: Path, key: str, value: Any, parameter: Any) -> Any:
+    """Let one value stand for a list of one; refuse a list where one value is meant."""
+    from unlearn.errors import UserError
+
+    several = parameter.multiple
+    if several and not isinstance(value, list):
+        return [value]
+    if isinstance(value, list | dict) and not several:
+        raise UserError(f"'{path}': {key} is one value, not {value}", f"write {key}: VALUE")
+    return value
+
+
+def _keys(command: Any) -> dict[str, Any]:
+    """Map what people write to the parameter that it is for."""
     keys = {}
     for parameter in command.params:
         long = next((name for name in parameter.opts if name.startswith("--")), parameter.name)
-        keys[long.removeprefix("--").replace("-", "_")] = parameter.name
-    return {key: name for key, name in keys.items() if name not in NOT_KEYS}
+        keys[long.removeprefix("--").replace("-", "_")] = parameter
+    return {key: one for key, one in keys.items() if one.name not in NOT_KEYS}
 
 
 RecipeFile = Annotated[

@@ -6,6 +6,8 @@ from unlearn.cli.render import PLAIN, shortened
 
 MOST_ROWS = 500
 """Rows that a table for people has at most; JSON has them all."""
+FEW_ROWS = 10
+"""Rows of the table when all of them are in a file."""
 MOST_COLUMNS = 5
 LEAVE_OUT = ("ppl",)
 """Scores that a table for people does without when there is no room for all of them."""
@@ -39,7 +41,7 @@ class Printer:
         if self.json and not self.silent:
             self.real.write(line(row))
             self.real.flush()
-        elif len(self.kept) < MOST_ROWS or "spans" in row:
+        elif len(self.kept) < (FEW_ROWS if self.silent else MOST_ROWS) or "spans" in row:
             self.kept.append((row, text))
 
     def end(self, summary: Any) -> None:
@@ -71,7 +73,8 @@ class Printer:
             self._rows(console)
         hidden = self.seen - len(self.kept)
         if hidden and not self.prepared.is_document:
-            console.print(f"{hidden:,} more rows are not shown: --json or --out has them all")
+            place = "they are in the file" if self.silent else "--json or --out has them all"
+            console.print(f"{hidden:,} more rows are not shown: {place}")
         name = self.prepared.detection.model or "the toy model of the package"
         console.print(f"higher = more likely in the training data of {name}", highlight=False)
         console.print("A score ranks texts. Alone it decides nothing about any of them.")
@@ -95,13 +98,22 @@ class Printer:
         console.print(table)
 
     def _document(self, console: Any, row: dict[str, Any]) -> None:
-        from rich.table import Table
         from rich.text import Text
 
         calibrated = row["basis"] == "p"
-        console.print(
-            Text(f"{row['id']}: {row['n_tokens']:,} tokens, {row['n_windows']:,} windows")
-        )
+        size = f"{row['n_windows']:,} window{'s' * (row['n_windows'] != 1)}"
+        console.print(Text(f"{row['id']}: {row['n_tokens']:,} tokens, {size}"))
+        if row["spans"]:
+            self._passages(console, row, calibrated=calibrated)
+        else:
+            console.print("no passage stands out")
+        if "verdict" in row:
+            console.print(Text(row["verdict"]))
+
+    def _passages(self, console: Any, row: dict[str, Any], *, calibrated: bool) -> None:
+        from rich.table import Table
+        from rich.text import Text
+
         judged = "p-values" if calibrated else "ranks within this document"
         console.print(Text(f"longest passages that stand out, by {judged} of {row['judged_by']}"))
         table = Table(**PLAIN)
@@ -112,8 +124,6 @@ class Printer:
             place = f"{span['start_char']:,} to {span['end_char']:,}"
             table.add_row(place, f"{span['n_tokens']:,}", _short(span["score"]), *p)
         console.print(table)
-        if "verdict" in row:
-            console.print(Text(row["verdict"]))
 
 
 def _short(value: float | None) -> str:

@@ -137,7 +137,9 @@ def _documents(
             document.profile.add(some)
             yield [({"id": id_} | one.as_json(), "") for one in some]
         if not finished:
-            yield [(_closing(document) | _judged(document, prepared), "")]
+            yield [
+                (_closing(document, scorer.settings.min_tokens) | _judged(document, prepared), "")
+            ]
         if keep:
             summary.documents.append(document)
 
@@ -158,18 +160,24 @@ def _stored(
     return found
 
 
-def _closing(document: Document) -> dict[str, Any]:
+def _closing(document: Document, min_tokens: int) -> dict[str, Any]:
     """Give the row that ends a document: how long it is, and which passages stand out."""
     profile = document.profile
     return {
         "id": document.id,
-        "status": "ok" if len(profile.rows) else "too_short",
+        "status": _status(profile, min_tokens),
         "n_tokens": profile.num_tokens,
         "n_windows": len(profile.rows),
         "judged_by": profile.score,
         "basis": profile.basis,
         "spans": [span.as_json() for span in profile.spans()],
     }
+
+
+def _status(profile: Profile, min_tokens: int) -> str:
+    if not len(profile.rows):
+        return "too_short"
+    return "ok" if profile.num_tokens >= min_tokens else "short"
 
 
 def _judged(document: Document, prepared: Prepared) -> dict[str, Any]:

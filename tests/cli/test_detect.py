@@ -298,3 +298,22 @@ def test_documents_go_on_too(detect, monkeypatch):
         assert one == two
     assert Path("map-1.html").exists()
     assert Path("map-2.html").exists()
+
+
+def test_half_a_character_is_cleaned_wherever_texts_are_read(detect):
+    """JSON may hold halves of surrogate pairs, which no tokenizer takes; also for dcpdd's check."""
+    Path("texts.jsonl").write_text('{"text": "Ada was \\ud800 born in Oslo.", "id": "\\ud800"}\n')
+    (row,) = rows(detect("texts.jsonl", "--model", "model", "--id-field", "id", "--json"))
+    assert (row["id"], row["notes"]) == ("?", ["cleaned"])
+    assert row["scores"]["dcpdd"] is not None
+    outcome = detect("texts.jsonl", "--model", "model", "--mode", "document", "--json")
+    assert outcome.code == 0
+
+
+def test_a_blank_or_short_document_says_so(detect):
+    Path("blank.txt").write_text("\n\n \n")
+    end = rows(detect("blank.txt", "--model", "model", "--json"))[-1]
+    assert end["status"] == "short"
+    outcome = detect("blank.txt", "--model", "model")
+    assert "1 window\n" in outcome.out
+    assert "no passage stands out" in outcome.out

@@ -138,6 +138,9 @@ def test_options_as_keys_of_a_file(unlearn: Any, labelled: str) -> None:
     outcome = unlearn("detect", "calibrate", "--recipe", "fit.yaml", "--json")
     assert outcome.code == 0, outcome.err
     assert outcome.json["calibration"]["threshold"]["rule"] == "youden"
+    Path("fit.yaml").write_text("score: [mink]\n")
+    outcome = unlearn("detect", "calibrate", "--recipe", "fit.yaml")
+    assert "score is one value, not" in outcome.err
     Path("bench.yaml").write_text("modell: model\n")
     assert "did you mean 'model'" in unlearn("detect", "bench", "--recipe", "bench.yaml").err
     assert unlearn("detect", "bench", "--recipe", "none.yaml").code == 2

@@ -15,6 +15,7 @@ import numpy as np
 
 from unlearn.data import tokenize
 from unlearn.detect.frequency import FEW_TOKENS, MOST_EXCESS, About, FrequencyTable
+from unlearn.detect.text import cleaned
 from unlearn.models import tokenizer_sha256
 
 NAME = "generic English"
@@ -99,7 +100,7 @@ def table_warnings(table: FrequencyTable, texts: Sequence[str], tokenizer: Any) 
     Compared are the surprise of the texts (mean of -log f per token) with that of the table's own
     corpus: another language or domain has other frequent tokens.
     """
-    rows = tokenize(tokenizer, texts, adds_special=False)
+    rows = tokenize(tokenizer, [cleaned(text) for text in texts], adds_special=False)
     ids = np.concatenate([np.asarray(row, np.int64) for row in rows] or [np.empty(0, np.int64)])
     ids = ids[ids < table.about.vocabulary]
     build = "build a table on a corpus like these texts: `unlearn detect freq build`"

@@ -23,6 +23,7 @@ from numpy import ndarray
 
 from unlearn.data import tokenize
 from unlearn.detect.single_pass import TokenFrequencies
+from unlearn.detect.text import cleaned
 from unlearn.errors import RunFailed, UserError
 from unlearn.models import tokenizer_sha256
 from unlearn.runs import staged, write_json
@@ -214,7 +215,7 @@ def _chunks(texts: Iterable[str], max_tokens: int | None) -> Iterator[list[str]]
     size = 0
     for text in texts:
         kept = text if max_tokens is None else text[: max_tokens * CHARACTERS_PER_TOKEN]
-        chunk.append(kept)
+        chunk.append(cleaned(kept))
         size += len(kept)
         if size >= CHUNK:
             yield chunk

@@ -18,7 +18,7 @@ from unlearn.data.readers import (
     paragraphs,
     rows,
 )
-from unlearn.detect.text import Text
+from unlearn.detect.text import Text, whole
 from unlearn.errors import UserError, described, did_you_mean
 
 Mode = Literal["auto", "rows", "paragraphs", "document"]
@@ -221,7 +221,7 @@ class Inputs:
             id_ = (
                 row[self.id_field]
                 if isinstance(row[self.id_field], int)
-                else str(row[self.id_field])
+                else whole(str(row[self.id_field]))
             )
         return Text(id_, self._cut(text), self._wordings(place, row))
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from unlearn.data import IGNORE, Example, tokenize
+from unlearn.detect.text import cleaned
 from unlearn.detect.tokens import TextTokenizer, context
 from unlearn.errors import UserError
 
@@ -30,7 +31,9 @@ class Prefix:
         """
         room = context(model) - tokenizer.max_tokens
         for count in range(min(shots, len(texts)), 0, -1):
-            (joined,) = tokenize(tokenizer.tokenizer, ["".join(texts[:count])], adds_special=False)
+            (joined,) = tokenize(
+                tokenizer.tokenizer, [cleaned("".join(texts[:count]))], adds_special=False
+            )
             ids = [*tokenizer.front, *joined]
             if len(ids) <= room:
                 return cls(ids, count)

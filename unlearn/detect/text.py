@@ -42,3 +42,13 @@ class ScoredText:
             "notes": list(self.notes),
         }
         return row if self.coverage is None else row | {"frequency_coverage": self.coverage}
+
+
+def cleaned(text: str) -> str:
+    """Take out zero characters (BookMIA has some) and put ``?`` for halves of surrogate pairs."""
+    return whole(text.replace("\x00", ""))
+
+
+def whole(text: str) -> str:
+    """Put ``?`` for halves of surrogate pairs, which no tokenizer takes; the length stays."""
+    return text.encode("utf-8", "replace").decode()

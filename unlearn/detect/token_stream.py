@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Int
 from numpy import ndarray
 
+from unlearn.detect.text import whole
 from unlearn.errors import UserError
 
 PART = 2**16
@@ -48,7 +49,7 @@ def token_stream(pieces: Iterable[str], tokenizer: Any) -> Iterator[Tokens]:
         )
     text, base, position = "", 0, 0
     for piece in pieces:
-        text += piece
+        text += whole(piece)
         while len(text) - (position - base) > PART + OVERLAP:
             part = position - base + PART + OVERLAP
             found = _tokens(tokenizer, text[:part], base, position, last=False)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from unlearn.data import tokenize
+from unlearn.detect.text import cleaned
 from unlearn.errors import UserError
 
 Bos = Literal["auto", "always", "never"]
@@ -56,7 +57,7 @@ class TextTokenizer:
         """Tokenise many texts in one call; long ones only as far as they are scored."""
         room = self.max_tokens - len(self.front)
         most = (room + MARGIN) * CHARACTERS_PER_TOKEN
-        clean = [_cleaned(text) for text in texts]
+        clean = [cleaned(text) for text in texts]
         found = tokenize(self.tokenizer, [text[:most] for text in clean], adds_special=False)
         encoded = []
         for given, text, ids in zip(texts, clean, found, strict=True):
@@ -118,8 +119,3 @@ def _front(tokenizer: Any, bos: Bos) -> list[int]:
     if token is None:
         raise UserError("the tokenizer has neither BOS nor EOS", "use bos=auto or bos=never")
     return [int(token)]
-
-
-def _cleaned(text: str) -> str:
-    """Take out zero characters (BookMIA has some) and replace halves of surrogate pairs."""
-    return text.replace("\x00", "").encode("utf-8", "replace").decode()
