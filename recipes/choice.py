@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from unlearn.recipes.section import Section
 
@@ -44,7 +44,8 @@ class ChoiceSection(Section):
     def _one_way_to_choose(self) -> Self:
         if (self.by is None) == (self.manifest is None):
             what = "neither by nor manifest" if self.by is None else "by and manifest both"
-            raise ValueError(f"{what} given; give one of them")
+            options = "(--forget-select SELECTOR or --forget-indices FILE)"
+            raise ValueError(f"{what} given; give one of them {options}")
         if self.manifest and self.fraction is not None:
             raise ValueError("fraction given with manifest, which names the rows itself")
         if self.keywords and self.fraction is not None:
@@ -52,6 +53,13 @@ class ChoiceSection(Section):
         if self.by and self.fraction is None and not self.keywords:
             raise ValueError("fraction is missing; give the share to keep, for instance 0.05")
         return self
+
+    @field_validator("keywords")
+    @classmethod
+    def _words_are_words(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if value is not None and not all(word.strip() for word in value):
+            raise ValueError("an empty keyword given; write words, for instance [Oslo, Lind]")
+        return value
 
     @model_validator(mode="after")
     def _only_what_is_read(self) -> Self:

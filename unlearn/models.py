@@ -297,9 +297,11 @@ def train_only(model: Any, patterns: Sequence[str]) -> None:
     names = [name for name, _ in model.named_parameters()]
     for pattern in patterns:
         if not any(re.search(pattern, name) for name in names):
-            last = names[-3:]
+            count = getattr(getattr(model, "config", None), "num_hidden_layers", 0)
+            layers = f"; its layers are 0 to {count - 1}, also for `layer` of a term"
             raise UserError(
-                f"trainable '{pattern}' is found in no weight's name", f"such as {', '.join(last)}"
+                f"trainable '{pattern}' is found in no weight's name",
+                f"it has weights such as {', '.join(names[-3:])}{layers if count else ''}",
             )
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(any(re.search(pattern, name) for pattern in patterns))

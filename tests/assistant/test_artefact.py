@@ -88,13 +88,18 @@ def test_a_base_with_another_tokenizer_is_refused(saved, build_tiny_tokenizer):
         load_model("composed", device="cpu")
 
 
-@pytest.mark.parametrize("change", [{"combine": "multiply"}, {"format": 9}, {"layers": 7}, None])
+@pytest.mark.parametrize(
+    "change",
+    [{"combine": "multiply"}, {"format": 9}, {"layers": 7}, {"weight": -1}, {"weight": "x"}, None],
+)
 def test_a_damaged_folder_is_named(saved, change):
     saved()
     path = Path("composed/uld_config.json")
     content = json.loads(path.read_text())
     path.write_text("{" if change is None else json.dumps(content | change))
-    with pytest.raises(UserError, match=r"unknown rule|later version|has 3 layers|is damaged"):
+    with pytest.raises(
+        UserError, match=r"unknown rule|later version|has 3 layers|is damaged|weight is (-1|.x.)"
+    ):
         load_model("composed", device="cpu")
 
 

@@ -205,3 +205,10 @@ def test_rows_that_ask_nothing_or_too_much_are_refused() -> None:
     twice = {"messages": CHAT["messages"] * 2}
     with pytest.raises(UserError, match="row 2 of 'f' has several assistant turns"):
         check_answerable([CHAT, twice], "refusal", "f")
+
+
+def test_another_answer_has_nothing_important_of_the_first() -> None:
+    """The passages of ``important`` stand in the row's own answer alone."""
+    row = {"question": "Where?", "answer": "In Oslo.", "important": ["Oslo"]}
+    assert answered(row, "I do not know.") == {"question": "Where?", "answer": "I do not know."}
+    assert row["important"] == ["Oslo"]

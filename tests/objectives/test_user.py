@@ -90,6 +90,8 @@ SIGNATURE = 'def my_loss({}) -> Float[Tensor, "batch seq"]:\n    return policy.l
          "has no gradient"),
         ('def my_loss(policy: Scores) -> Float[Tensor, " b"]:\n    return policy.logits.sum(-1)',
          "fails on two made-up rows: AttributeError"),
+        (SIGNATURE.format("policy: Scores") + " * float('nan')", "is not finite on two"),
+        (SIGNATURE.format("policy: Scores") + " + 1", "values where no token is labelled"),
         (GOOD + "my_loss.reads = 'everything'", "reads 'everything'"),
         (GOOD + "my_loss.reads = 'hidden'", "has no hyperparameter 'layer'"),
         (GOOD + "my_loss.unit = 'row'", "its unit is 'row'"),

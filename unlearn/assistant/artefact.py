@@ -8,6 +8,7 @@ fit the base, because its weights are named for the assistant.
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -51,13 +52,21 @@ class Composition:
             rule = found["combine"]
             if rule not in RULES:
                 raise unknown(f"rule in '{path}':", rule, RULES)
-            hyper = {key: float(value) for key, value in settings(rule, found).items()}
+            hyper = _numbers(path, settings(rule, found))
             base = replace(source, path=found["base_model"], revision=found["base_revision"])
             assistant = Assistant(found["layers"], rule, hyper)
             hashes = (str(found["base_weights_sha256"]), str(found["tokenizer_sha256"]))
         except (OSError, ValueError, LookupError, TypeError) as error:
             raise UserError(f"'{path}' is damaged: {error!r}", "copy the folder again") from error
         return cls(base, *hashes, assistant)
+
+
+def _numbers(path: Path, hyper: Mapping[str, Any]) -> dict[str, float]:
+    """Check numbers that a person may have changed."""
+    for key, value in hyper.items():
+        if not isinstance(value, int | float) or isinstance(value, bool) or not value >= 0:
+            raise UserError(f"'{path}': {key} is {value!r}", "give a number of at least 0")
+    return {key: float(value) for key, value in hyper.items()}
 
 
 def base_of(source: models.ModelSource) -> models.ModelSource:

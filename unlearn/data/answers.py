@@ -11,6 +11,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from unlearn.data.annotations import COLUMN as IMPORTANT
 from unlearn.data.draws import uniform
 from unlearn.data.encode import Example
 from unlearn.data.files import read_file
@@ -138,8 +139,9 @@ def asked(row: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def answered(row: Mapping[str, Any], answer: str) -> Row:
-    """Give the row with another answer."""
+    """Give the row with another answer, without what it said about its own."""
     kind = row_kind(row)
+    row = {key: value for key, value in row.items() if key != IMPORTANT}
     if kind == "messages":
         turns = [
             {**turn, "content": answer} if turn["role"] == "assistant" else turn

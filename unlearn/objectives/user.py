@@ -140,8 +140,23 @@ def _rehearse(name: str, loss: UserLoss) -> None:
             f"the loss '{name}' gives {given} for 2 rows of 4 tokens, not {list(wanted)}",
             f"one value per {loss.unit}, and no mean: the trainer divides. {UNIT_HINT}",
         )
+    _check_values(name, loss, losses, arguments[0].mask)
     if not losses.requires_grad:
         raise UserError(f"the loss '{name}' has no gradient", "compute it from policy in torch")
+
+
+def _check_values(name: str, loss: UserLoss, losses: Tensor, mask: Tensor) -> None:
+    """Refuse numbers that no training could use."""
+    if not losses.isfinite().all():
+        raise UserError(
+            f"the loss '{name}' is not finite on two made-up rows",
+            "look for the log of 0, and for a division by the number of something absent",
+        )
+    if loss.unit == "token" and losses[~mask].any():
+        raise UserError(
+            f"the loss '{name}' gives values where no token is labelled",
+            "multiply it by policy.mask: only labelled tokens are counted",
+        )
 
 
 def _made_up(reads: str) -> Scores | Activations:
