@@ -29,10 +29,12 @@ COLUMNS = (
     Column("Training, s", ("seconds",), "none"),
 )
 ARROWS = {"lower": " ↓", "higher": " ↑"}
-NOTE = (
-    "Mean over seeds ± half of its 95 % t interval; one seed has no interval. Retain KL is "
-    "KL(start || model) per labelled retain token. Seconds are those of training alone."
-)
+NOTE = "Mean over seeds ± half of its 95 % t interval; one seed has no interval."
+ABOUT = {
+    "retain_kl": "Retain KL is KL(start || model) per labelled retain token.",
+    "seconds": "Seconds are those of training alone.",
+}
+"""What a reader must know of some columns, where they are there."""
 
 
 def seed_table(found: Sequence[Found]) -> dict[str, Any]:
@@ -52,7 +54,7 @@ def seed_table(found: Sequence[Found]) -> dict[str, Any]:
         "columns": columns,
         "rows": [_row(group, metrics) for group in rows],
         "references": list(references(rows, metrics)),
-        "note": NOTE,
+        "note": " ".join([NOTE, *(ABOUT[name] for name in metrics if name in ABOUT)]),
     }
 
 
