@@ -74,7 +74,7 @@ def calibrate(
 
     from unlearn.detect import thresholds
     from unlearn.detect.verdict import of_threshold
-    from unlearn.evals.detection.bench import measure, sides
+    from unlearn.evals.detection.bench import checks, sides
     from unlearn.evals.detection.labelled import Columns, read_labelled
 
     texts = read_labelled(data, columns=Columns(text_field, label_field), offline=offline)
@@ -83,7 +83,7 @@ def calibrate(
     with listening() as emit:
         scorer, notes = loaded(emit, model, chosen, extras, texts, offline=offline)
         labelled = scored(emit, texts, scorer)
-        checks = measure(labelled)["checks"]
+        doubts = checks(labelled)
     members, others = sides(labelled, score)
     if youden:
         fitted = thresholds.youden(members, others)
@@ -93,8 +93,8 @@ def calibrate(
         fitted = thresholds.at_fpr(others, 0.05 if fpr is None else fpr, members=members)
     found = thresholds.Calibration(score, _hyper(chosen), fitted, conditions(scorer))
     thresholds.save(found, out)
-    checks["warnings"] += notes
-    told = {"calibration": asdict(found), "words": of_threshold(fitted), "checks": checks}
+    doubts["warnings"] += notes
+    told = {"calibration": asdict(found), "words": of_threshold(fitted), "checks": doubts}
     say(told | {"out": str(out)}, json=json, people=_print_threshold)
 
 

@@ -196,14 +196,10 @@ def _counted(model: Any, *, checkpointing: bool) -> Iterator[None]:
     before, training = model.config._attn_implementation, model.training
     model.set_attn_implementation(COUNTED)
     model.train()
-    verb = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
-    if checkpointing:
-        getattr(model, f"{verb}_checkpointing_enable")({"use_reentrant": False})
     try:
-        yield
+        with models.recomputed(model, on=checkpointing):
+            yield
     finally:
-        if checkpointing:
-            getattr(model, f"{verb}_checkpointing_disable")()
         model.set_attn_implementation(before)
         model.train(training)
 

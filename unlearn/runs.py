@@ -49,6 +49,20 @@ def write_atomic(path: Path, content: str | bytes) -> None:
         raise
 
 
+def write_tensors(path: Path, tensors: Mapping[str, Any], about: Mapping[str, str]) -> None:
+    """Write tensors and their metadata as safetensors, completely or not at all."""
+    from safetensors.torch import save_file  # noqa: PLC0415 - brings torch, most callers do without
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+        staged = Path(folder) / "tensors"
+        save_file(dict(tensors), staged, dict(about))
+        staged.chmod(0o644)
+        _flush(staged)
+        os.replace(staged, path)
+    _settle(path.parent)
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write JSON atomically; NaN and infinity are refused rather than written as non-JSON."""
     write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")

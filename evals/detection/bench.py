@@ -101,27 +101,44 @@ def measure(found: Sequence[Scored], *, seed: int = 0, year: int | None = None) 
     model's; texts that name a later one are counted.
     """
     chosen = ranked(found)
-    texts = {member: [one.text.text for one in found if one.text.member == member] for member in
-             (True, False)}  # fmt: skip
-    blind = blind_baseline(texts[True], texts[False], seed=seed)
     metrics = {name: _separation(found, name, seed) for name in chosen}
-    warnings = [*blind.warnings, *_years(texts, year), *swapped(metrics)]
-    checks = blind.to_dict() | {"warnings": warnings}
+    sizes = Counter(one.text.member for one in found)
     missing = Counter(one.status for one in found if not _has_score(one))
     return {
         "schema": FORMAT,
-        "members": len(texts[True]),
-        "nonmembers": len(texts[False]),
+        "members": sizes[True],
+        "nonmembers": sizes[False],
         "left_out": dict(missing),
         "short": sum(one.status == "short" for one in found),
         "metrics": metrics,
         "differences": dict(_differences(found, chosen, seed)),
         "groups": [_group(name, some, chosen, seed) for name, some in groups(found)],
-        "checks": checks,
+        "checks": checks(found, metrics, seed=seed, year=year),
         "clusters": len({(one.text.member, one.text.cluster) for one in found})
         if any(one.text.cluster for one in found)
         else None,
         "seed": seed,
+    }
+
+
+def checks(
+    found: Sequence[Scored],
+    metrics: Mapping[str, Mapping[str, Any] | None] | None = None,
+    *,
+    seed: int = 0,
+    year: int | None = None,
+) -> dict[str, Any]:
+    """Say what makes the figures doubtful: what words alone tell, late years, swapped labels.
+
+    ``metrics`` are those of :func:`measure`, which are worked out when they are not given.
+    """
+    if metrics is None:
+        metrics = {name: _separation(found, name, seed) for name in ranked(found)}
+    texts = {member: [one.text.text for one in found if one.text.member == member] for member in
+             (True, False)}  # fmt: skip
+    blind = blind_baseline(texts[True], texts[False], seed=seed)
+    return blind.to_dict() | {
+        "warnings": [*blind.warnings, *_years(texts, year), *swapped(metrics)]
     }
 
 

@@ -1,21 +1,19 @@
 """Fitted curvature on disk: one safetensors file that knows which model, rows and settings."""
 
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from unlearn.curvature.blocks import Blocks
 from unlearn.curvature.factors import Counts, LayerCurvature
 from unlearn.curvature.fit import Curvature
 from unlearn.errors import UserError
+from unlearn.runs import write_tensors
 
 FORMAT = "unlearn-curvature-1"
 BLOCKS = ("inputs", "outputs", "input_basis", "output_basis")
@@ -35,12 +33,7 @@ def save_curvature(curvature: Curvature, path: Path) -> None:
         "counts": json.dumps(asdict(curvature.counts)),
         "layers": json.dumps({n: [one.group, one.trace] for n, one in curvature.layers.items()}),
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
-        staged = Path(folder) / "curvature"
-        save_file(_tensors(curvature), staged, metadata)
-        staged.chmod(0o644)
-        os.replace(staged, path)
+    write_tensors(path, _tensors(curvature), metadata)
 
 
 def load_curvature(path: Path, identity: Mapping[str, Any], *, device: Any = "cpu") -> Curvature:

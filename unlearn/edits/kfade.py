@@ -206,7 +206,8 @@ class Parts:
             raise UserError("kfade needs retain rows: its metric is their KL", "give --retain")
         forget, retain = list(data["forget"]), list(data["retain"])
         apart = spaced(retain, min(held_out, len(retain) // SMALLEST_PART)) if retain[4:] else []
-        rest = [one for place, one in enumerate(retain) if place not in set(apart)]
+        taken = set(apart)
+        rest = [one for place, one in enumerate(retain) if place not in taken]
         warning = "" if apart else "too few retain rows to hold any out: KL is that of fitted rows"
         held = [retain[place] for place in apart] or retain
         few = [forget[place] for place in spaced(forget, forget_rows)]

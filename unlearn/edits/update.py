@@ -2,8 +2,6 @@
 
 import json
 import math
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +9,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from unlearn.errors import UserError
 from unlearn.head import plain
 from unlearn.models import weights_hash
+from unlearn.runs import write_tensors
 
 FORMAT = "unlearn-update-1"
 
@@ -37,12 +35,7 @@ def save_update(update: Update, path: Path) -> None:
     """Write an update, completely or not at all."""
     metadata = {"format": FORMAT, "about": json.dumps(dict(update.about))}
     tensors = {name: one.detach().cpu().contiguous() for name, one in update.weights.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
-        staged = Path(folder) / "update"
-        save_file(tensors, staged, metadata)
-        staged.chmod(0o644)
-        os.replace(staged, path)
+    write_tensors(path, tensors, metadata)
 
 
 def load_update(path: Path) -> Update:
