@@ -19,8 +19,11 @@ from unlearn.recipes.files import find, overlay, read
 from unlearn.recipes.measuring import EvalsSection
 from unlearn.recipes.overrides import overridden
 from unlearn.recipes.schema import DataSection, Recipe, Term
+from unlearn.recipes.sections import EditSection
 from unlearn.runs import RunFolder
 
+EDIT_FILES = ("factors", "update")
+"""Hyperparameters of edits that name a file."""
 LARGEST_EARLY = 2**26
 """Files above this many bytes are not read twice."""
 
@@ -52,7 +55,7 @@ def check_inputs(recipe: Recipe) -> None:
         check_model_folder(path)
     if any(stream.endswith("refusal") for stream in recipe.read_streams()):
         read_refusals(recipe.data.refusals)
-    for name in ("forget", "retain"):
+    for name in ("forget", "retain", "unseen"):
         spec = getattr(recipe.data, name)
         rows = _check_source(spec, recipe.data.columns) if spec else []
         for stream in sorted(recipe.read_streams()):
@@ -118,14 +121,22 @@ def absolute(recipe: Recipe) -> Recipe:
             "data": data.model_copy(update=_absolute_data(data)),
             "evals": _absolute_evals(recipe.evals),
             "terms": tuple(_absolute_term(term) for term in recipe.terms),
+            "edit": recipe.edit and _absolute_edit(recipe.edit),
             "out": recipe.out and str(Path(recipe.out).absolute()),
         }
     )
 
 
+def _absolute_edit(edit: EditSection) -> EditSection:
+    """Make the files that an edit names absolute, whether they exist yet or not."""
+    named = {key: edit.hyper[key] for key in EDIT_FILES if edit.hyper.get(key)}
+    places = {key: str(Path(place).absolute()) for key, place in named.items()}
+    return type(edit).model_validate({"name": edit.name, **edit.hyper, **places})
+
+
 def _absolute_data(data: DataSection) -> dict[str, Any]:
     changes: dict[str, Any] = {
-        name: _absolute_spec(getattr(data, name)) for name in ("forget", "retain")
+        name: _absolute_spec(getattr(data, name)) for name in ("forget", "retain", "unseen")
     }
     changes["refusals"] = _absolute(data.refusals)
     for name in ("forget_extra", "retain_extra"):

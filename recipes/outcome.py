@@ -16,6 +16,7 @@ from unlearn.errors import UserError
 from unlearn.head import plain
 from unlearn.ranks import Ranks
 from unlearn.recipes.prepare import Prepared
+from unlearn.runs import RunFolder
 
 
 def to_train(prepared: Prepared, model: Any) -> Any:
@@ -81,11 +82,12 @@ def edited(
     listen: Callable[[dict[str, Any]], None],
     *,
     weights_hash: str,
-    place: Path,
+    folder: RunFolder,
 ) -> tuple[Any, dict[str, Any]]:
     """Apply an edit that trains nothing, on every process alike; give the model and a summary.
 
-    What it has added to the weights, where it tells, is kept in a file at ``place``.
+    What it has added to the weights, where it tells, is kept in a file of the folder. So are the
+    steps it has taken, until it is done.
     """
     section = prepared.recipe.edit
     assert section is not None
@@ -104,12 +106,13 @@ def edited(
         "data": {name: stream.examples for name, stream in prepared.streams.items()},
         "listen": hear,
         "seed": prepared.recipe.seed,
+        "keep": folder.edit_steps,
     }
     with models.recomputed(model, on=prepared.recipe.training.gradient_checkpointing):
         model = EDITS[section.name](model, given, **section.hyper)
     if changes:
         about = {"edit": section.name, "hyper": section.hyper, "start": weights_hash}
-        Ranks.world().first(lambda: save_update(Update(changes, about), place))
+        Ranks.world().first(lambda: save_update(Update(changes, about), folder.update))
     memory = monitors.peak_memory_bytes()
     return model, {"edit": section.name, "steps": len(steps), "peak_memory_bytes": memory}
 

@@ -174,11 +174,13 @@ def prepare(recipe: Recipe, *, offline: bool = False) -> Prepared:
     for name, spec, extra in (
         ("forget", data.forget, data.forget_extra),
         ("retain", data.retain, data.retain_extra),
+        ("unseen", data.unseen, ()),
     ):
         if spec is not None:
             rows = load_rows(spec, columns=data.columns, offline=offline)
             examples = encode(rows, source=spec, **how)
-            splits[name] = Split(rows, examples, template)
+            if name != "unseen":
+                splits[name] = Split(rows, examples, template)
             more = [one for part in extra for one in _extra(part, offline=offline, **how)]
             streams[name] = Stream(spec, rows, examples + more, extra=len(more))
     measures = find_measures(

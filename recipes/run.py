@@ -223,6 +223,7 @@ class _Run:
         if self.selection:
             self._measure_step(model, summary["steps"])
         self._save(model)
+        self.ranks.first(lambda: self.folder.edit_steps.unlink(missing_ok=True))
         del model
         gc.collect()
 
@@ -231,7 +232,7 @@ class _Run:
         if not self.prepared.recipe.trains:
             start = self.manifest["model_sha256"]
             return outcome.edited(
-                self.prepared, model, self.emit, weights_hash=start, place=self.folder.update
+                self.prepared, model, self.emit, weights_hash=start, folder=self.folder
             )
         return train(
             self.prepared,

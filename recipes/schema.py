@@ -87,6 +87,8 @@ class DataSection(_Section):
     """More rows for the forget set, for instance paraphrases; trained on, and not measured."""
     retain_extra: Annotated[tuple[ExtraSection, ...], Field(strict=False)] = ()
     """More rows for the retain set; trained on, and not measured."""
+    unseen: str | None = Field(default=None, min_length=1)
+    """Rows like the forget set that the model has not seen, for `edit.forget_nll: unseen`."""
     columns: dict[str, str] = Field(default_factory=dict)
     """Standard name -> column in the file, for instance {question: q, answer: a}."""
     template: Annotated[str | None, AfterValidator(_has_question)] = None
@@ -346,6 +348,13 @@ class Recipe(_Section):
         return self
 
     @model_validator(mode="after")
+    def _unseen_rows_have_a_use(self) -> Self:
+        if self.data.unseen and not (self.edit and self.edit.reads_unseen):
+            message = "data.unseen: given, but only `edit.forget_nll: unseen` reads it"
+            raise PydanticCustomError("unseen", "{why}", {"why": message})
+        return self
+
+    @model_validator(mode="after")
     def _adapters_or_chosen_weights(self) -> Self:
         if self.training.trainable and self.model.lora:
             message = (
@@ -377,6 +386,9 @@ class Recipe(_Section):
         }
         if why := next((why for why, needed in users.items() if needed), None):
             needs.insert(2, ("data.retain", self.data.retain, f"--retain, the rows to keep: {why}"))
+        if self.edit and self.edit.reads_unseen:
+            asked = "rows like the forget set that the model has not seen: edit asks for them"
+            needs.insert(-1, ("data.unseen", self.data.unseen, asked))
         return [f"{key} is missing ({why})" for key, value, why in needs if value is None]
 
     def require_runnable(self) -> None:

@@ -73,6 +73,11 @@ class EditSection(Section):
         """The edit's hyperparameters, as written."""
         return dict(self.__pydantic_extra__ or {})
 
+    @property
+    def reads_unseen(self) -> bool:
+        """Tell whether a goal is measured on the rows of `data.unseen`."""
+        return self.hyper.get("forget_nll") == "unseen"
+
 
 class ExtraSection(Section):
     """More rows for a set, made from chosen columns. They are trained on, and not measured."""

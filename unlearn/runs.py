@@ -172,6 +172,11 @@ class RunFolder:
         return self.path / "update.safetensors"
 
     @property
+    def edit_steps(self) -> Path:
+        """The steps that an edit has taken so far; gone once it is done."""
+        return self.path / "edit-steps.safetensors"
+
+    @property
     def selection(self) -> Path:
         """The rows trained on and every row's score, when a part of the forget set was chosen."""
         return self.path / "selection.json"

@@ -7,10 +7,12 @@ from itertools import pairwise
 import pytest
 import torch
 
+from unlearn.curvature.parts import Parts, num_labels
+from unlearn.curvature.rules import Rule
 from unlearn.curvature.steps import Reading
 from unlearn.data.encode import Example
 from unlearn.edits import find
-from unlearn.edits.kfade import Parts, Rule, kfade, num_labels
+from unlearn.edits.kfade import kfade
 from unlearn.errors import RunFailed, UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*loss tokens for factors")

@@ -18,13 +18,18 @@ class Damping:
     ``relative``: λ = c times the mean eigenvalue of the layer. ``absolute``: λ = c.
     Curvature that is no Kronecker product (``ekfac``, ``diag``, ``act``) takes ``factored`` as
     ``relative``.
+
+    ``trim`` leaves so many of the largest eigenvalues of A and of G (of H itself where it is no
+    product) out of these means: where a few tokens have huge activations, one direction holds most
+    of the trace, and a share of the plain mean would drown the others. Ours.
     """
 
     kind: DampingKind
     c: float
+    trim: int = 0
 
     @classmethod
-    def parse(cls, text: str) -> "Damping":
+    def parse(cls, text: str, trim: int = 0) -> "Damping":
         """Read ``KIND:C``, for instance ``factored:1e-3``.
 
         Raises:
@@ -40,7 +45,7 @@ class Damping:
                 f"'{text}' given; must be KIND:C with C above 0, for instance factored:1e-3, "
                 "relative:0.1 or absolute:1e-8"
             )
-        return cls(kind, value)  # type: ignore[arg-type]
+        return cls(kind, value, trim)  # type: ignore[arg-type]
 
     def __str__(self) -> str:
         return f"{self.kind}:{self.c:g}"

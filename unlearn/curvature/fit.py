@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from unlearn.curvature import sharing
+from unlearn.curvature.distance import Reference
 from unlearn.curvature.factors import (
     Counts,
     FactorSums,
@@ -20,12 +21,20 @@ from unlearn.curvature.factors import (
     accumulated,
     counted,
 )
-from unlearn.curvature.labels import Fisher, LabelSource
+from unlearn.curvature.labels import Ascend, Fisher, LabelSource, toward
 from unlearn.curvature.layers import Tracked
-from unlearn.curvature.passes import Batch, Rows, backward_passes, batches, forward_passes
+from unlearn.curvature.passes import (
+    Batch,
+    Cotangents,
+    Rows,
+    backward_passes,
+    batches,
+    forward_passes,
+)
 from unlearn.curvature.solve import eigenvectors
 from unlearn.data.encode import Example
 from unlearn.errors import UserError
+from unlearn.head import VocabularyHead
 from unlearn.ranks import Ranks, whole
 from unlearn.scores import Scorer
 
@@ -37,13 +46,14 @@ ENOUGH = 2
 class FitSettings:
     """How curvature is estimated; see :data:`~unlearn.curvature.factors.Kind`.
 
-    ``fisher``: labels drawn from the model (``mc``) or those of the rows (``empirical``, another
+    ``fisher``: labels drawn from the model, by ``importance`` or plainly (``mc``: the same
+    matrix, less well known from the same draws), or those of the rows (``empirical``, another
     matrix). ``label_draws``: sets of labels drawn per row; more are worth it where rows are few.
     ``max_factor_dim``: wider axes are cut into blocks.
     """
 
     curvature: Kind = "kfac"
-    fisher: Fisher = "mc"
+    fisher: Fisher = "importance"
     label_draws: int = 1
     max_factor_dim: int = 16384
     seed: int = 0
@@ -177,7 +187,7 @@ def _require_finite(name: str, layer: LayerCurvature) -> None:
 
 @dataclass(frozen=True)
 class Gradient:
-    """The gradient of the mean negative log-likelihood (nats per token) over labelled tokens."""
+    """The gradient of the mean of −log p, or log(1 − p), over labelled tokens: nats per token."""
 
     weights: Mapping[str, Float[Tensor, "out in"]]
     num_labels: int
@@ -188,12 +198,36 @@ def gradient(
     rows: Rows,
     layers: Sequence[Tracked],
     *,
+    ascend: Ascend = "nll",
     scorer: Scorer | None = None,
 ) -> Gradient:
-    """Give the gradient of the rows' mean loss for every tracked weight, summed in fp32.
+    """Give the gradient of what is raised on the rows for every tracked weight, summed in fp32.
 
     (In bf16, small contributions of later batches would be lost.)
     """
+    return _summed(model, rows, layers, LabelSource("empirical", ascend=ascend), scorer)
+
+
+def kl_gradient(
+    model: Any, reference: Reference, layers: Sequence[Tracked], *, progress: Rows | None = None
+) -> Gradient:
+    """Give the gradient of KL(then || now) on the rows of a reference, per labelled token."""
+    then = iter(reference.states)
+
+    def source(head: VocabularyHead, states: Tensor) -> Tensor:
+        return toward(head, states, next(then))
+
+    rows = progress or reference.rows
+    return _summed(model, rows, layers, source, reference.scorer)
+
+
+def _summed(
+    model: Any,
+    rows: Rows,
+    layers: Sequence[Tracked],
+    source: LabelSource | Cotangents,
+    scorer: Scorer | None,
+) -> Gradient:
     model = whole(model)
     ranks, scorer = Ranks.of(model), scorer or Scorer.for_model(model)
     sums = SpectrumSums.for_layers(layers, {})
@@ -202,7 +236,7 @@ def gradient(
         dtype = accumulated(inputs.dtype)
         sums.totals[layer.name].addmm_(grads.to(dtype).t(), inputs.to(dtype))
 
-    stream, source = counted(batches(model, rows), sums), LabelSource("empirical")
+    stream = counted(batches(model, rows), sums)
     backward_passes(model, layers, stream, source, hear, scorer=scorer)
     sums = sums.over_ranks(ranks)
     labels = sums.counts.labels

@@ -21,6 +21,8 @@ from unlearn.scores import IGNORE, Scorer, label_mask
 from unlearn.scoring import CPU_TOKENS, evaluation_mode
 
 Progress = Callable[[int, int], None]
+Cotangents = Callable[[VocabularyHead, Tensor], Tensor]
+"""Gives the gradient at the head's input [label, width], for the states there."""
 
 
 @dataclass(frozen=True)
@@ -136,13 +138,15 @@ def backward_passes(
     model: Any,
     layers: Sequence[Tracked],
     stream: Iterator[Batch],
-    source: LabelSource,
+    source: LabelSource | Cotangents,
     heard: Callable[[Tracked, Batch, int, Tensor, Tensor], None],
     *,
     scorer: Scorer,
 ) -> None:
     """Go through the model and back once per batch and draw of labels.
 
+    ``source`` says what is differentiated: a loss at labels, or whatever has the gradient that it
+    gives for the states [label, width] of a batch (one it is asked for, in order of the batches).
     ``heard`` is told (layer, batch, draw, inputs [token, in], gradients of the summed loss
     [token, out]) of the positions that take part.
     """
@@ -162,10 +166,16 @@ def backward_passes(
                 current.pop()
 
 
-def _reader(batch: Batch, source: LabelSource) -> Callable[[VocabularyHead, Tensor], Any]:
+def _reader(
+    batch: Batch, source: LabelSource | Cotangents
+) -> Callable[[VocabularyHead, Tensor], Any]:
     def read(head: VocabularyHead, hidden: Tensor) -> tuple[Tensor, list[Tensor]]:
         there = batch.loss
-        parts = cotangents(head, hidden[there].detach(), batch.label_places, source)
+        states = hidden[there].detach()
+        if isinstance(source, LabelSource):
+            parts = cotangents(head, states, batch.label_places, source)
+        else:
+            parts = [source(head, states)]
         laid_out = [
             torch.zeros_like(hidden).masked_scatter_(there[..., None], part.to(hidden.dtype))
             for part in parts

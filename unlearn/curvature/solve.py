@@ -20,6 +20,9 @@ RESIDUAL = 1e-3
 RAISES = 6
 """How often the damping of a matrix that is not positive definite is multiplied by 10."""
 
+SPARE, ROUNDS = 4, 20
+"""Vectors beyond those asked for, and products, when the largest eigenvalues are looked for."""
+
 Weight = Float[Tensor, "out in"]
 
 
@@ -47,15 +50,14 @@ def inverse(layer: LayerCurvature, damping: Damping) -> Inverse:
         warnings.warn("a layer has no curvature at all: it is left as it is", stacklevel=2)
         return Nothing()
     if layer.eigenvalues is not None:
-        amount = damping.amount(float(layer.eigenvalues.double().mean()))
+        amount = damping.amount(trimmed_mean(layer.eigenvalues.flatten(), damping.trim))
         return EigenInverse(layer.eigenvalues, layer.output_basis, layer.input_basis, amount)
     assert layer.inputs is not None
     if layer.outputs is None:
-        amount = damping.amount(layer.inputs.trace() / layer.inputs.size)
+        amount = damping.amount(mean_eigenvalue(layer.inputs, damping.trim))
         return KroneckerInverse.of(layer.inputs, None, amount, 0.0, amount)
     outputs = layer.outputs.mapped(lambda part: part * trace_correction(layer))
-    mean_in = layer.inputs.trace() / layer.inputs.size
-    mean_out = outputs.trace() / outputs.size
+    mean_in, mean_out = (mean_eigenvalue(one, damping.trim) for one in (layer.inputs, outputs))
     amount = damping.amount(mean_in * mean_out)
     if damping.kind == "factored":
         added = factored(mean_in, mean_out, damping.c)
@@ -68,6 +70,31 @@ def trace_correction(layer: LayerCurvature) -> float:
     if layer.trace is None or layer.inputs is None or layer.outputs is None:
         return 1.0
     return layer.trace / (layer.inputs.trace() * layer.outputs.trace())
+
+
+def trimmed_mean(values: Float[Tensor, " size"], trim: int) -> float:
+    """Give the mean of values without the ``trim`` largest, of which one at least is left."""
+    trim = min(trim, len(values) - 1)
+    total = values.double().sum() - values.topk(trim).values.double().sum()
+    return max(float(total), 0.0) / (len(values) - trim)
+
+
+def mean_eigenvalue(factor: Blocks, trim: int) -> float:
+    """Give the mean of a factor's eigenvalues without the ``trim`` largest."""
+    if not trim:
+        return factor.trace() / factor.size
+    tops = [_largest(part, min(trim, len(part))) for part in factor.parts]
+    rest = torch.cat(tops).topk(min(trim, factor.size - 1)).values
+    return max(factor.trace() - float(rest.sum()), 0.0) / (factor.size - len(rest))
+
+
+def _largest(part: Float[Tensor, "size size"], number: int) -> Float[Tensor, " number"]:
+    """Give the largest eigenvalues by subspace iteration, from a fixed start."""
+    draw = torch.Generator().manual_seed(0)
+    ahead = torch.randn(len(part), min(len(part), number + SPARE), generator=draw).to(part)
+    for _ in range(ROUNDS):
+        ahead = torch.linalg.qr(part @ ahead)[0]
+    return torch.linalg.eigvalsh((ahead.t() @ part @ ahead).double()).flip(0)[:number]
 
 
 def _is_zero(layer: LayerCurvature) -> bool:

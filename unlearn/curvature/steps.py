@@ -1,7 +1,7 @@
 """How long a step is, and the weights it is added to."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,8 +15,10 @@ EVALUATIONS = 8
 """Most measurements that one search makes."""
 CLOSE = 0.05
 """A search ends within this share of the rise it aims at, or of the KL it may use."""
-STRETCH = 4.0
-"""Factor between trials until the scale is bracketed."""
+STRETCH, SHRINK, LEAST = 4.0, 16.0, 0.1
+"""Largest factors, up and down, until the scale is bracketed, and the log of the smallest."""
+EDGE = 0.1
+"""How near, in shares of the way, a trial between two others comes to one of them."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,19 @@ class Goal:
         there = self.nll is not None and found.nll >= self.nll - CLOSE * self.rise
         return there or found.kl >= (1 - CLOSE) * self.kl
 
+    def excess(self, found: Reading) -> float:
+        """Give the log of how many times as far as wanted a step went, by loss or by KL.
+
+        0 is right; infinite where there is no such number.
+        """
+        shares = [found.kl / ((1 - CLOSE / 2) * self.kl)]
+        if self.nll is not None:
+            shares.append(1 + (found.nll - self.nll) / self.rise)
+        share = max(shares)
+        if share <= 0:
+            return -math.inf
+        return math.log(share) if math.isfinite(share) else math.inf
+
 
 @dataclass(frozen=True)
 class Found:
@@ -68,32 +83,55 @@ def search(
     *,
     trials: int = EVALUATIONS,
 ) -> Found | None:
-    """Find the scale α of a step by bisection on log α, from measurements alone.
+    """Find the scale α of a step on log α, from measurements alone.
 
-    What is given is the longest step tried that is not too far, or None when all were. A longer
-    step after which the loss is lower than ``now``, or than after a shorter one, is past the top
-    and too far as well. The quadratic model only gives ``start``: where the forget set was
-    memorised it is far off.
+    Between a step that was too short and one that was too long, log excess is taken to be linear in
+    log α; where it is not known, the middle is tried. What is given is the longest step tried that
+    is not too far, or None when all were. A longer step after which the loss is lower than ``now``,
+    or than after a shorter one, is past the top and too far as well. The quadratic model only gives
+    ``start``: where the forget set was memorised it is far off.
     """
-    low, high, alpha, number = 0.0, math.inf, start, 0
+    short: _Trial | None = None
+    long: _Trial | None = None
     best: Reading | None = None
+    alpha, number = start, 0
     while number < trials:
         found, number = measure(alpha), number + 1
-        worse = found.nll <= now.nll or (best is not None and found.nll < best.nll)
-        if worse or goal.too_far(found):
-            high = alpha
+        past = found.nll <= now.nll or (best is not None and found.nll < best.nll)
+        if past or goal.too_far(found):
+            long = _Trial(alpha, math.inf if past else goal.excess(found))
         else:
-            low, best = alpha, found
+            short, best = _Trial(alpha, goal.excess(found)), found
             if goal.reached(found):
                 break
-        alpha = _next(low, high)
-    return None if best is None else Found(low, best, number)
+        alpha = math.exp(_next(short, long))
+    return None if best is None or short is None else Found(short.alpha, best, number)
 
 
-def _next(low: float, high: float) -> float:
-    if high == math.inf:
-        return low * STRETCH
-    return high / STRETCH if low == 0 else math.sqrt(low * high)
+@dataclass(frozen=True)
+class _Trial:
+    """The scale of a step, and its log excess."""
+
+    alpha: float
+    excess: float
+
+    @property
+    def at(self) -> float:
+        return math.log(self.alpha)
+
+
+def _next(short: _Trial | None, long: _Trial | None) -> float:
+    """Give log α of the next trial; beyond what was tried, loss and KL grow at least with α."""
+    if long is None:
+        assert short is not None
+        return short.at + min(max(-short.excess, LEAST), math.log(STRETCH))
+    if short is None:
+        return long.at - min(max(long.excess, LEAST), math.log(SHRINK))
+    share = 0.5
+    if math.isfinite(short.excess) and math.isfinite(long.excess):
+        span = long.excess - short.excess
+        share = min(max(-short.excess / span, EDGE), 1 - EDGE) if span > 0 else 0.5
+    return short.at + share * (long.at - short.at)
 
 
 class Weights:
@@ -126,6 +164,12 @@ class Weights:
         return {
             f"{layer.name}.weight": layer.laid_out(self.total[layer.name]) for layer in self.layers
         }
+
+    def restore(self, totals: Mapping[str, Tensor]) -> None:
+        """Go to where an earlier edit had come to; ``totals`` are what it had added."""
+        for name, total in self.total.items():
+            total.copy_(totals[name])
+        self.put()
 
     def take(self, step: Direction, alpha: float) -> None:
         """Add a step for good."""
