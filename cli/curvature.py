@@ -65,9 +65,7 @@ def _fitted(recipe: Any, out: Path, emit: Emit, *, offline: bool) -> dict[str, A
     epilog="Example: [bold]unlearn curvature inspect factors.safetensors --out spectra[/bold]"
 )
 def inspect(
-    factors: Annotated[
-        Path, typer.Argument(metavar="FACTORS", help="A file of fitted curvature.")
-    ],
+    factors: Annotated[Path, typer.Argument(metavar="FACTORS", help="A file of fitted curvature.")],
     damping: Annotated[
         str,
         typer.Option(
@@ -156,9 +154,8 @@ def _show(found: dict[str, Any]) -> None:
     console.print()
     console.print(_table(f"Inverted with damping {found['damping']}", DAMPED, found))
     console.print(
-        "[dim]share: of the trace of H. eff. rank: (Σλ)² / Σλ². max, median, min: eigenvalues "
-        "of the layer's\nblock of H, before and after damping. λ/median above 1: damping governs "
-        "most directions.[/]"
+        "[dim]share: of the trace of H. eff. rank: (Σλ)² / Σλ². max, median, min: eigenvalues of "
+        "the layer's block of H, before and after damping.[/]"
     )
     _print_doubts(console, found)
     if found.get("out"):

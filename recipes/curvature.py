@@ -58,7 +58,10 @@ def _settings(recipe: Recipe, out: Path) -> dict[str, Any]:
     )
     if missing := [f"{key} is missing ({flag})" for key, given, flag in needs if given is None]:
         raise UserError("; ".join(missing), "give the flags, or write the keys in the recipe")
-    return EDITS[edit.name].hyper | edit.hyper
+    hyper = EDITS[edit.name].hyper | edit.hyper
+    if why := EDITS[edit.name].check(hyper | {"factors": str(out)}):
+        raise UserError(f"edit: {why}")
+    return hyper
 
 
 def _retain(recipe: Recipe, *, offline: bool) -> tuple[models.ModelSource, Stream]:

@@ -13,7 +13,8 @@ from unlearn.curvature.spectrum import Extent, LayerSpectrum, LayerTotals
 
 FORMAT = "unlearn-curvature-report/1"
 SETTINGS = ("curvature", "fisher", "label_draws", "max_factor_dim", "seed")
-WORDS = {"mc": "drawn from the model", "empirical": "those of the rows"}
+NAMED = 4
+"""Layers that a note names."""
 
 
 def describe(
@@ -25,7 +26,9 @@ def describe(
     """
     counts, identity = curvature.counts, curvature.identity
     widest = max(size for one in layers for size in one.shape if size is not None)
-    whole = None if any(one.trace is None for one in layers) else sum(one.trace or 0 for one in layers)
+    whole = (
+        None if any(one.trace is None for one in layers) else sum(one.trace or 0 for one in layers)
+    )
     names = short_names([one.name for one in layers])
     doubt = too_few(counts.labels, widest)
     return {
@@ -44,14 +47,12 @@ def describe(
         "trace": whole,
         "damping": damping and str(damping),
         "warnings": [doubt] if doubt else [],
-        "notes": list(_notes(layers)),
+        "notes": list(_notes(layers, names)),
         "layers": [_layer(one, names[one.name], whole) for one in layers],
     }
 
 
-def _layer(
-    one: LayerTotals, short: tuple[int | None, str], whole: float | None
-) -> dict[str, Any]:
+def _layer(one: LayerTotals, short: tuple[int | None, str], whole: float | None) -> dict[str, Any]:
     block, kind = short
     found: dict[str, Any] = {
         "name": one.name,
@@ -84,7 +85,9 @@ def _extent(one: Extent) -> dict[str, float | None]:
     }
 
 
-def _notes(layers: Sequence[LayerTotals]) -> Iterator[str]:
+def _notes(
+    layers: Sequence[LayerTotals], names: Mapping[str, tuple[int | None, str]]
+) -> Iterator[str]:
     """Say how the figures are to be read, where that is not plain."""
     if layers[0].kind == "act":
         yield (
@@ -93,9 +96,12 @@ def _notes(layers: Sequence[LayerTotals]) -> Iterator[str]:
     governed = [one.name for one in layers
                 if isinstance(one, LayerSpectrum) and one.damping_to_median > 1]  # fmt: skip
     if governed:
+        said = [" ".join(str(part) for part in names[one] if part is not None) for one in governed]
+        more = f" and {len(said) - NAMED} more" if len(said) > NAMED else ""
         yield (
-            f"in {len(governed)} of {len(layers)} layers λ is above the median eigenvalue: damping, "
-            "not curvature, decides on more than half of their directions"
+            f"λ is above the median eigenvalue in {len(governed)} of {len(layers)} layers "
+            f"({', '.join(said[:NAMED])}{more}): there damping, not curvature, governs more than "
+            "half of the directions"
         )
 
 
@@ -137,14 +143,20 @@ def facts(found: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("curvature", found["curvature"]),
     ]  # fmt: skip
     if settings:
-        draws = f", {settings['label_draws']} per row" if settings["fisher"] == "mc" else ""
-        said.append(("labels", f"{WORDS[settings['fisher']]}{draws}, seed {settings['seed']}"))
+        said.append(("labels", _labels(settings)))
     for name, key in (("model", "model_sha256"), ("rows", "rows_sha256")):
         if found[key]:
             said.append((name, f"sha256 {found[key][:16]}…"))
     if found["trace"] is not None:
         said.append(("trace of H", f"{compact(found['trace'])} over {len(found['layers'])} layers"))
     return said
+
+
+def _labels(settings: Mapping[str, Any]) -> str:
+    if settings["fisher"] == "empirical":
+        return "those of the rows"
+    draws = settings["label_draws"]
+    return f"drawn from the model, {draws} set{'s' * (draws > 1)}, seed {settings['seed']}"
 
 
 def compact(value: float | None) -> str:

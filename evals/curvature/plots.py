@@ -6,7 +6,7 @@ from typing import Any
 
 from matplotlib.colors import LinearSegmentedColormap, to_hex
 from matplotlib.lines import Line2D
-from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from unlearn.curvature.damping import Damping
 from unlearn.evals.report.plots import FAINT, INK, LINES, Plot, drawing, tidy, to_plot
@@ -18,6 +18,7 @@ TITLES = {
     "G": "G, gradients at outputs",
     "H": "H, the block itself",
 }
+SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 PANEL = 1.35
 """Inches of height per kind of layer."""
 
@@ -40,14 +41,19 @@ def draw_spectra(found: Mapping[str, Any]) -> Plot:
                 chosen = [one for one in layers if one["layer"] == kind]
                 _panel(panel, chosen, name, colours)
                 _damping(panel, found["damping"], name)
-            axes[0].set_ylabel(kind)
+            axes[0].text(0.04, 0.08, kind, transform=axes[0].transAxes)
         for panel, name in zip(grid[0], columns, strict=True):
             panel.set_title(TITLES[name], fontsize=9.5)
         for panel in grid[-1]:
             panel.set_xlabel("rank")
         figure.supylabel("eigenvalue / mean", fontsize=9.5)
-        figure.legend(handles=list(_legend(colours, found["damping"], columns)),
-                      loc="outside lower center", ncols=4, handlelength=1.6)  # fmt: skip
+        figure.legend(
+            handles=list(_legend(colours, found["damping"], columns)),
+            loc="outside lower center",
+            ncols=5,
+            handlelength=1.6,
+            columnspacing=1.2,
+        )
         return to_plot(figure, "spectra", "Eigenvalues of the curvature against their rank")
 
 
@@ -61,14 +67,22 @@ def _panel(
         pairs = zip(curve["ranks"], curve["values"], strict=True)
         drawn = [(rank, value / curve["mean"]) for rank, value in pairs]
         shown = [(rank, value) for rank, value in drawn if value >= LOWEST]
-        axes.plot(*zip(*shown, strict=True), color=colours[one["block"]], linewidth=1.3)
+        axes.plot(*zip(*shown, strict=True), color=colours[one["block"]], linewidth=1.2)
     axes.set_xscale("log")
     axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(numticks=5))
     for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(LogLocator(numticks=5))
         axis.set_minor_locator(NullLocator())
-        axis.set_minor_formatter(NullFormatter())
+        axis.set_major_formatter(FuncFormatter(lambda value, place: _power(value)))
     tidy(axes)
+
+
+def _power(value: float) -> str:
+    """Write a power of ten: 1, 10, 100, and others with an exponent."""
+    exponent = round(math.log10(value))
+    if 0 <= exponent <= 2:
+        return f"{10**exponent}"
+    return f"10{str(exponent).translate(SUPERSCRIPTS)}"
 
 
 def _damping(axes: Any, damping: str | None, name: str) -> None:

@@ -5,6 +5,7 @@ Eigenvalues of H are in nats of KL per retain token for a unit change of the wei
 """
 
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -24,7 +25,7 @@ POINTS = 96
 HALVINGS = 128
 """Bisections that find a median: enough for any two float64 numbers."""
 
-Values = Float[Tensor, " size"]
+Values = Float[Tensor, "_"]
 Progress = Callable[[int, int], None]
 
 
@@ -83,8 +84,8 @@ class Spectrum:
         zeros = len(self) - len(rows) * int((self.inputs > 0).sum())
         if place <= zeros:
             return 0.0
-        low = float(self.inputs[self.inputs > 0][0] * rows[0])
-        high = float(self.inputs[-1] * rows[-1])
+        low = max(float(self.inputs[self.inputs > 0][0] * rows[0]), sys.float_info.min)
+        high = max(float(self.inputs[-1] * rows[-1]), low)
         certain = (len(self.outputs) - len(rows)) * len(self.inputs)
         low, high = low * (1 - 1e-15), high * (1 + 1e-15)
         for _ in range(HALVINGS):
@@ -275,7 +276,7 @@ def _spectrum(
 
 
 def _values(factor: Blocks, device: torch.device | str | None) -> Values:
-    """Give the eigenvalues of all blocks, in float64 on the CPU; a solver that fails is replaced."""
+    """Give the eigenvalues of all blocks in float64, on the CPU whatever has solved for them."""
 
     def solved(part: Tensor) -> Tensor:
         double = part.to(device or part.device).double()
@@ -293,9 +294,7 @@ def _correction(layer: LayerCurvature) -> float:
     return 1.0 if any(one and one.trace() <= 0 for one in factors) else trace_correction(layer)
 
 
-def _damped(
-    layer: LayerCurvature, spectrum: Spectrum, damping: Damping
-) -> tuple[float, Spectrum]:
+def _damped(layer: LayerCurvature, spectrum: Spectrum, damping: Damping) -> tuple[float, Spectrum]:
     """Give λ and the eigenvalues that are inverted; as in :func:`unlearn.curvature.solve.inverse`.
 
     A layer without curvature is left alone, and so is its spectrum.
