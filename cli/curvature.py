@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from unlearn.cli.entry import Json, Offline, go_offline, say
-from unlearn.cli.options import HOW, Map, Method, Model, Preset, Retain, Set
+from unlearn.cli.options import Map, Method, Model, Preset, Retain, Set
 from unlearn.cli.progress import Emit, listening
 from unlearn.cli.ranks import require_one_process
 
@@ -71,7 +71,6 @@ def inspect(
         typer.Option(
             metavar="KIND:C",
             help="Damping to look at: factored, relative or absolute.",
-            rich_help_panel=HOW,
         ),
     ] = "factored:1e-3",
     out: Annotated[
@@ -82,8 +81,7 @@ def inspect(
 ) -> None:
     """Say how curvature is spread over layers and directions, and what damping makes of it.
 
-    Reads FACTORS alone. The eigenvalues of wide layers take a while: minutes for each of width
-    10,000 on a CPU.
+    Reads FACTORS alone. Layers 10,000 wide take minutes each on a CPU.
     """
     how = _damping(damping)
     if out:
@@ -195,6 +193,7 @@ def _print_facts(console: Any, found: dict[str, Any]) -> None:
 def _print_doubts(console: Any, found: dict[str, Any]) -> None:
     from rich.markup import escape
 
+    console.print()
     for text in found["warnings"]:
         console.print(f"[yellow]warning:[/] {escape(text)}")
     for text in found["notes"]:

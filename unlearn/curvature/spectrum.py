@@ -8,6 +8,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -223,7 +224,7 @@ def kind_of(layer: LayerCurvature) -> Kind:
     return "kfac" if layer.trace is None else "tkfac"
 
 
-def _totals(name: str, layer: LayerCurvature) -> dict[str, object]:
+def _totals(name: str, layer: LayerCurvature) -> dict[str, Any]:
     return {
         "name": name,
         "kind": kind_of(layer),
@@ -240,7 +241,7 @@ def _shape(layer: LayerCurvature) -> tuple[int | None, int]:
         out, inputs = layer.eigenvalues.shape
         return out, inputs
     assert layer.inputs is not None
-    return layer.outputs and layer.outputs.size, layer.inputs.size
+    return layer.outputs.size if layer.outputs else None, layer.inputs.size
 
 
 def _trace(layer: LayerCurvature) -> float | None:
@@ -305,8 +306,8 @@ def _damped(layer: LayerCurvature, spectrum: Spectrum, damping: Damping) -> tupl
     amount = damping.amount(mean)
     if layer.outputs is None or damping.kind != "factored":
         return amount, Spectrum(spectrum.inputs, spectrum.outputs, amount)
-    means = (float(one.mean()) for one in (spectrum.inputs, spectrum.outputs))
-    to_inputs, to_outputs = factored(*means, damping.c)
+    mean_in, mean_out = float(spectrum.inputs.mean()), float(spectrum.outputs.mean())
+    to_inputs, to_outputs = factored(mean_in, mean_out, damping.c)
     return amount, Spectrum(spectrum.inputs + to_inputs, spectrum.outputs + to_outputs)
 
 
