@@ -201,21 +201,25 @@ def _print_doubts(console: Any, found: dict[str, Any]) -> None:
 
 
 def _table(title: str, columns: dict[str, str], found: dict[str, Any]) -> Any:
-    """Set layers out in the order of the model, the number of a block before its first."""
+    """Set layers out in the order of the model, the number of a block before its first.
+
+    Columns that no layer has a figure for are left out: ``ekfac`` has no tr A.
+    """
     from rich.table import Table
 
     from unlearn.cli.render import PLAIN
     from unlearn.evals.curvature.describe import cells
 
+    rows = [cells(one) for one in found["layers"]]
+    shown = {key: name for key, name in columns.items() if {row[key] for row in rows} != {"–"}}
     table = Table(title=title, **PLAIN)
     table.add_column("block", justify="right")
     table.add_column("layer")
-    for heading in columns.values():
+    for heading in shown.values():
         table.add_column(heading, justify="right", no_wrap=True)
     before: str | None = None
-    for one in found["layers"]:
-        row = cells(one)
+    for row in rows:
         block = "" if row["block"] == before else row["block"]
-        table.add_row(block, row["layer"], *(row[key] for key in columns))
+        table.add_row(block, row["layer"], *(row[key] for key in shown))
         before = row["block"]
     return table

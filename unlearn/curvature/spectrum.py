@@ -21,8 +21,8 @@ from unlearn.curvature.factors import Kind, LayerCurvature
 from unlearn.curvature.fit import Curvature
 from unlearn.curvature.solve import trace_correction
 
-POINTS = 96
-"""Eigenvalues kept of each factor, at ranks that grow by a constant factor."""
+POINTS = 64
+"""Eigenvalues kept from either end of a matrix, at distances that grow by a constant factor."""
 HALVINGS = 128
 """Bisections that find a median: enough for any two float64 numbers."""
 
@@ -319,7 +319,7 @@ def _curves(layer: LayerCurvature, spectrum: Spectrum) -> Iterator[tuple[str, Cu
 
 def _curve(ascending: Values) -> Curve:
     size = len(ascending)
-    steps = (size ** (place / (POINTS - 1)) for place in range(POINTS))
-    ranks = sorted({min(size, round(step)) for step in steps})
+    steps = {min(size, round(size ** (place / (POINTS - 1)))) for place in range(POINTS)}
+    ranks = sorted(steps | {size + 1 - step for step in steps})
     values = ascending[[size - rank for rank in ranks]]
     return Curve(tuple(ranks), tuple(values.tolist()), float(ascending.mean()))
