@@ -5,7 +5,19 @@ from typing import Annotated, Any
 
 import typer
 
-from unlearn.cli import data, detect, doctor, evals, jobs, reapply, recipes, report, select, sweep
+from unlearn.cli import (
+    curvature,
+    data,
+    detect,
+    doctor,
+    evals,
+    jobs,
+    reapply,
+    recipes,
+    report,
+    select,
+    sweep,
+)
 from unlearn.cli.entry import Json, Offline, go_offline, guarded, naming, say
 from unlearn.cli.options import HOW, Forget, Lora, Map, Method, Model, Out, Preset, Retain, Set
 from unlearn.cli.progress import Emit, listening
@@ -20,6 +32,7 @@ from unlearn.cli.ranks import (
     start,
     start_run,
 )
+from unlearn.cli.resolve import changes_of, resolve
 from unlearn.cli.select import By, Fraction, Indices, choice_changes
 from unlearn.launch import rank
 
@@ -36,6 +49,7 @@ app = typer.Typer(
 data.app.command(epilog=select.EPILOG)(select.select)
 app.add_typer(data.app, name="data", rich_help_panel=BEFORE)
 app.add_typer(recipes.app, name="recipes", rich_help_panel=BEFORE)
+app.add_typer(curvature.app, name="curvature", rich_help_panel=BEFORE)
 app.add_typer(evals.app, name="eval", rich_help_panel=AFTER)
 app.add_typer(detect.app, name="detect", rich_help_panel=AFTER)
 
@@ -83,13 +97,13 @@ def run(
     json: Json = False,
 ) -> None:
     """Unlearn: train a model to lose the forget set and keep the retain set."""
-    changes = _changes(map_, model=model, forget=forget, retain=retain, out=out)
+    changes = changes_of(map_, model=model, forget=forget, retain=retain, out=out)
     changes |= launch_changes(nproc, engine, nnodes, rdzv)
     if part := choice_changes(forget_select, forget_fraction, forget_indices):
         changes.setdefault("data", {})["select"] = part
     with listening(quiet=rank() > 0) as emit:
         emit({"event": "stage", "stage": "start"})
-        resolved = _resolve(method, recipe, changes, set_ or [], lora)
+        resolved = resolve(method, recipe, changes, set_ or [], lora)
         launching = needs_launch(resolved)
         results = {} if launching else _run(resolved, emit, offline=offline)
     if launching:
@@ -194,13 +208,13 @@ def launch(
              "accelerators": accelerators, "image": image, "volume": volume,
              "setup": setup}  # fmt: skip
     wanted = jobs.wanted(kinds, asked, print_=print_, save=save, submit=submit, rdzv=rdzv)
-    changes = _changes(map_, model=model, forget=forget, retain=retain, out=out)
+    changes = changes_of(map_, model=model, forget=forget, retain=retain, out=out)
     changes |= launch_changes(nproc, engine, nnodes, rdzv)
     go_offline(offline)
     with listening() as emit:
         emit({"event": "stage", "stage": "start"})
         here = wanted.kind not in jobs.ELSEWHERE
-        resolved = _resolve(method, recipe, changes, set_ or [], lora, here=here)
+        resolved = resolve(method, recipe, changes, set_ or [], lora, here=here)
         jobs.check(resolved, wanted, set_ or [], offline=offline)
     words = jobs.run_words(
         method, preset=recipe, model=model, forget=forget, retain=retain, out=out, map_=map_,
@@ -270,7 +284,7 @@ def plan(
     json: Json = False,
 ) -> None:
     """Say what a run would cost: steps, tokens, memory, files; exit code 2 when it cannot fit."""
-    changes = _changes(
+    changes = changes_of(
         map_, model=model, forget=forget, retain=retain, out=out or Path("runs/plan")
     )
     changes |= launch_changes(nproc, engine, nnodes, rdzv)
@@ -281,7 +295,7 @@ def plan(
     go_offline(offline)
     with listening() as emit:
         emit({"event": "stage", "stage": "start"})
-        resolved = _resolve(method, recipe, changes, set_ or [], lora)
+        resolved = resolve(method, recipe, changes, set_ or [], lora)
         from unlearn.recipes.plan import measure_step, plan_run
         from unlearn.recipes.prepare import prepare
 
@@ -293,48 +307,6 @@ def plan(
     from unlearn.cli.plan import show_plan
 
     show_plan(planned, json=json)
-
-
-def _changes(map_: list[str] | None, **given: Any) -> dict[str, Any]:
-    places = {
-        "model": ("model", "path"),
-        "forget": ("data", "forget"),
-        "retain": ("data", "retain"),
-    }
-    changes: dict[str, Any] = {"data": {"columns": data.columns_of(map_)}} if map_ else {}
-    for name, value in given.items():
-        if value is None:
-            continue
-        if name in places:
-            section, key = places[name]
-            changes.setdefault(section, {})[key] = value
-        else:
-            changes[name] = str(value)
-    return changes
-
-
-def _resolve(
-    method: str,
-    preset: str | None,
-    changes: dict[str, Any],
-    overrides: list[str],
-    lora: bool,
-    *,
-    here: bool = True,
-) -> Any:
-    """Give the checked recipe; ``here``: it is run on this machine, whose files are looked at."""
-    from unlearn.errors import UserError, unknown
-    from unlearn.recipes.files import find, load, read, recipe_names
-    from unlearn.recipes.inputs import check_early
-
-    if preset and method not in recipe_names():
-        raise unknown("method", method, (name for name in recipe_names() if "/" not in name))
-    if preset and (meant := read(find(preset)).get("method")) != method:
-        message = f"recipe '{preset}' is for method '{meant}', not '{method}'"
-        raise UserError(message, f"unlearn run {meant} --recipe {preset} …")
-    if here:
-        check_early(preset or method, overrides, changes)
-    return load(preset or method, overrides, changes, lora=lora)
 
 
 def _run(recipe: Any, emit: Emit, *, offline: bool) -> dict[str, Any]:

@@ -24,6 +24,8 @@ STAGES = {
     "measure": "timing a few steps",
     "train": "unlearning",
     "edit": "changing the weights:",
+    "curvature": "fitting the curvature",
+    "spectra": "working out eigenvalues",
     "save": "saving the model",
 }
 

@@ -159,30 +159,18 @@ def prepare(recipe: Recipe, *, offline: bool = False) -> Prepared:
     """
     recipe.require_runnable()
     _check_choice(recipe)
-    source = model_source(recipe, offline=offline)
-    models.check_source(source)
-    require_plain(source)
+    source, tokenizer, template = open_tokenizer(recipe, offline=offline)
     if recipe.model.retain_model:
         models.check_source(sibling(source, recipe.model.retain_model))
-    tokenizer = models.load_tokenizer(source)
-    data = recipe.data
-    template = Template.for_tokenizer(
-        tokenizer, data.template, data.system_prompt, dict(data.template_args)
-    )
-    how = {"tokenizer": tokenizer, "template": template, "max_length": data.max_length}
     streams, splits = {}, {}
-    for name, spec, extra in (
-        ("forget", data.forget, data.forget_extra),
-        ("retain", data.retain, data.retain_extra),
-        ("unseen", data.unseen, ()),
-    ):
-        if spec is not None:
-            rows = load_rows(spec, columns=data.columns, offline=offline)
-            examples = encode(rows, source=spec, **how)
-            if name != "unseen":
-                splits[name] = Split(rows, examples, template)
-            more = [one for part in extra for one in _extra(part, offline=offline, **how)]
-            streams[name] = Stream(spec, rows, examples + more, extra=len(more))
+    for name in ("forget", "retain", "unseen"):
+        stream = read_stream(recipe, name, tokenizer, template, offline=offline)
+        if stream is None:
+            continue
+        streams[name] = stream
+        if name != "unseen":
+            given = stream.examples[: len(stream.examples) - stream.extra]
+            splits[name] = Split(stream.rows, given, template)
     measures = find_measures(
         recipe, splits, template, offline=offline, load_start=lambda: models.load_model(source)
     )
@@ -192,6 +180,35 @@ def prepare(recipe: Recipe, *, offline: bool = False) -> Prepared:
     _check_terms(prepared)
     _check_enough_rows(prepared)
     return prepared
+
+
+def open_tokenizer(
+    recipe: Recipe, *, offline: bool = False
+) -> tuple[models.ModelSource, Any, Template]:
+    """Check the recipe's model folder; give it, its tokenizer, and how rows become text."""
+    source, data = model_source(recipe, offline=offline), recipe.data
+    models.check_source(source)
+    require_plain(source)
+    tokenizer = models.load_tokenizer(source)
+    template = Template.for_tokenizer(
+        tokenizer, data.template, data.system_prompt, dict(data.template_args)
+    )
+    return source, tokenizer, template
+
+
+def read_stream(
+    recipe: Recipe, name: str, tokenizer: Any, template: Template, *, offline: bool = False
+) -> Stream | None:
+    """Read and tokenise a set of rows, with what is added to it; None: not named."""
+    data, spec = recipe.data, getattr(recipe.data, name)
+    if spec is None:
+        return None
+    how = {"tokenizer": tokenizer, "template": template, "max_length": data.max_length}
+    rows = load_rows(spec, columns=data.columns, offline=offline)
+    examples = encode(rows, source=spec, **how)
+    parts = getattr(data, f"{name}_extra", ())
+    more = [one for part in parts for one in _extra(part, offline=offline, **how)]
+    return Stream(spec, rows, examples + more, extra=len(more))
 
 
 def _check_enough_rows(prepared: Prepared) -> None:

@@ -163,15 +163,20 @@ def _with_bases(layers: Mapping[str, LayerCurvature], ranks: Ranks) -> dict[str,
 def _checked(counts: Counts, layers: Sequence[Tracked]) -> Counts:
     if not counts.labels:
         raise UserError("the rows have no labelled token, so there is no curvature", "give others")
-    widest = max(max(layer.shape) for layer in layers)
-    if counts.labels < ENOUGH * widest:
-        warnings.warn(
-            f"{counts.labels} loss tokens for factors of up to {widest} dimensions: curvature is "
-            f"poorly known below {ENOUGH * widest}, and {8 * widest} are wanted; give more retain "
-            "rows, or more label_draws",
-            stacklevel=3,
-        )
+    if doubt := too_few(counts.labels, max(max(layer.shape) for layer in layers)):
+        warnings.warn(doubt, stacklevel=3)
     return counts
+
+
+def too_few(labels: int, widest: int) -> str | None:
+    """Say that this many loss tokens tell little of factors of this width; None when enough."""
+    if labels >= ENOUGH * widest:
+        return None
+    return (
+        f"{labels} loss tokens for factors of up to {widest} dimensions: curvature is poorly known "
+        f"below {ENOUGH * widest}, and {8 * widest} are wanted; give more retain rows, or more "
+        "label_draws"
+    )
 
 
 def _require_finite(name: str, layer: LayerCurvature) -> None:

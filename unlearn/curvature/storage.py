@@ -42,21 +42,37 @@ def load_curvature(path: Path, identity: Mapping[str, Any], *, device: Any = "cp
     Raises:
         UserError: it is no such file, or it belongs to something else, which is named.
     """
-    again = "give another file, or remove this one: it is then fitted anew"
+    hint = "give another file, or remove this one: it is then fitted anew"
+    return _read(path, identity, hint, device)
+
+
+def read_curvature(path: Path, *, device: Any = "cpu") -> Curvature:
+    """Read curvature whatever it belongs to, which its ``identity`` says.
+
+    Raises:
+        UserError: it is no such file.
+    """
+    hint = "give a file that `unlearn curvature fit`, or a run with edit.factors, has written"
+    return _read(path, None, hint, device)
+
+
+def _read(path: Path, identity: Mapping[str, Any] | None, hint: str, device: Any) -> Curvature:
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
             about = file.metadata() or {}
             if about.get("format") != FORMAT:
-                raise UserError(f"'{path}' holds no curvature", again)
-            _require_same(path, json.loads(about["identity"]), identity, again)
+                raise UserError(f"'{path}' holds no curvature", hint)
+            stored = json.loads(about["identity"])
+            if identity is not None:
+                _require_same(path, stored, identity, hint)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot read '{path}': {error}", again) from error
+        raise UserError(f"cannot read '{path}': {error}", hint) from error
     layers = {
         name: _layer(tensors, name, group, trace)
         for name, (group, trace) in json.loads(about["layers"]).items()
     }
-    return Curvature(layers, Counts(**json.loads(about["counts"])), dict(identity))
+    return Curvature(layers, Counts(**json.loads(about["counts"])), stored)
 
 
 def _require_same(
