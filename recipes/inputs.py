@@ -19,6 +19,7 @@ from unlearn.recipes.files import find, overlay, read
 from unlearn.recipes.measuring import EvalsSection
 from unlearn.recipes.overrides import overridden
 from unlearn.recipes.schema import DataSection, Recipe, Term
+from unlearn.recipes.sections import EditSection
 from unlearn.runs import RunFolder
 
 LARGEST_EARLY = 2**26
@@ -50,6 +51,7 @@ def check_inputs(recipe: Recipe) -> None:
         check_new(Path(recipe.out))
     for path in (recipe.model.path, recipe.model.retain_model):
         check_model_folder(path)
+    check_update_file(update_of(recipe))
     if any(stream.endswith("refusal") for stream in recipe.read_streams()):
         read_refusals(recipe.data.refusals)
     for name in ("forget", "retain"):
@@ -78,6 +80,19 @@ def check_model_folder(path: str | None) -> None:
     """Refuse a model folder that is not there; hub names and None pass."""
     if path and is_path(path) and not Path(path).exists():
         raise UserError(f"no model folder '{path}'", "give a folder or a hub name owner/name")
+
+
+def update_of(recipe: Recipe) -> str | None:
+    """Give the file of the update that the recipe's edit adds again; None for other recipes."""
+    found = recipe.edit.hyper.get("update") if recipe.edit else None
+    return found if isinstance(found, str) else None
+
+
+def check_update_file(path: str | None) -> None:
+    """Refuse an update that is not there; None passes."""
+    if path is not None and not Path(path).is_file():
+        hint = "name the update.safetensors of a run, or make one: unlearn edit diff"
+        raise UserError(f"no update file '{path}'", hint)
 
 
 def check_new(out: Path) -> None:
@@ -118,6 +133,7 @@ def absolute(recipe: Recipe) -> Recipe:
             "data": data.model_copy(update=_absolute_data(data)),
             "evals": _absolute_evals(recipe.evals),
             "terms": tuple(_absolute_term(term) for term in recipe.terms),
+            "edit": _absolute_edit(recipe),
             "out": recipe.out and str(Path(recipe.out).absolute()),
         }
     )
@@ -143,6 +159,11 @@ def _absolute_term(term: Term) -> Term:
     file, mark, function = term.objective.rpartition(":")
     found = _absolute(str(Path(file).expanduser())) if mark else None
     return term.model_copy(update={"objective": f"{found}:{function}"}) if found else term
+
+
+def _absolute_edit(recipe: Recipe) -> EditSection | None:
+    update = _absolute(update_of(recipe))
+    return recipe.edit.model_copy(update={"update": update}) if recipe.edit and update else recipe.edit
 
 
 def _absolute_evals(evals: EvalsSection) -> EvalsSection:

@@ -377,6 +377,9 @@ class Recipe(_Section):
         }
         if why := next((why for why, needed in users.items() if needed), None):
             needs.insert(2, ("data.retain", self.data.retain, f"--retain, the rows to keep: {why}"))
+        if self.edit and "update" in self.edit.hyper:
+            way = "--set edit.update=FILE, the update.safetensors of a run"
+            needs.insert(-1, ("edit.update", self.edit.hyper["update"], way))
         return [f"{key} is missing ({why})" for key, value, why in needs if value is None]
 
     def require_runnable(self) -> None:

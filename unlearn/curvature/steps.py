@@ -67,13 +67,14 @@ def search(
     goal: Goal,
     *,
     trials: int = EVALUATIONS,
+    longest: float = math.inf,
 ) -> Found | None:
     """Find the scale α of a step by bisection on log α, from measurements alone.
 
-    What is given is the longest step tried that is not too far, or None when all were. A longer
-    step after which the loss is lower than ``now``, or than after a shorter one, is past the top
-    and too far as well. The quadratic model only gives ``start``: where the forget set was
-    memorised it is far off.
+    What is given is the longest step tried that is not too far, or None when all were; none is
+    longer than ``longest``. A longer step after which the loss is lower than ``now``, or than after
+    a shorter one, is past the top and too far as well. The quadratic model only gives ``start``:
+    where the forget set was memorised it is far off.
     """
     low, high, alpha, number = 0.0, math.inf, start, 0
     best: Reading | None = None
@@ -84,9 +85,9 @@ def search(
             high = alpha
         else:
             low, best = alpha, found
-            if goal.reached(found):
+            if goal.reached(found) or low == longest:
                 break
-        alpha = _next(low, high)
+        alpha = min(_next(low, high), longest)
     return None if best is None else Found(low, best, number)
 
 

@@ -31,6 +31,7 @@ from unlearn.curvature.passes import Rows
 from unlearn.curvature.steps import EVALUATIONS, Goal, Reading, Weights, search
 from unlearn.curvature.storage import load_curvature, save_curvature
 from unlearn.data.encode import Example
+from unlearn.edits.update import stored_change
 from unlearn.errors import RunFailed, UserError
 from unlearn.models import weights_hash
 from unlearn.monitors import peak_memory_bytes
@@ -66,6 +67,7 @@ def kfade(  # noqa: PLR0913 - each is a key of the recipe's edit section
     batch_tokens: PositiveInt = 8192,
     max_factor_dim: PositiveInt = 16384,
     factors: str | None = None,
+    update_rank: PositiveInt | None = None,
 ) -> Any:
     """Raise the loss of the forget rows where that moves the outputs on the retain rows least.
 
@@ -85,7 +87,7 @@ def kfade(  # noqa: PLR0913 - each is a key of the recipe's edit section
     ``retain_tokens`` caps the labelled tokens that H is fitted to; ``forget_rows`` those rows that
     are measured. ``factors`` names a file: read when it is there, else written. ``listen`` is told
     of progress, a ``step`` after every step, and in the end an ``update``: what was added to each
-    weight, in fp32.
+    weight, in fp32, and the ``update_rank`` that it is to be kept in (None: whole).
     """
     rule = Rule(step_rule, steps, step_size, forget_nll, retain_kl)
     if why := rule.mistake() or _unkept(refit, factors):
@@ -100,7 +102,9 @@ def kfade(  # noqa: PLR0913 - each is a key of the recipe's edit section
     fit = partial(_fitted, model, rows, tracked, settings, scorer, keep, listen)
     with _warnings_told(listen):
         loop.run(fit, refit=refit)
-    listen({"event": "update", "weights": loop.weights.changes()})
+    now, added = {layer.name: layer.weight for layer in tracked}, loop.weights.total
+    stored = stored_change(loop.weights.start, now, added)
+    listen({"event": "update", "weights": loop.weights.changes(), "rank": update_rank, **stored})
     return model
 
 
