@@ -5,7 +5,19 @@ from typing import Annotated, Any
 
 import typer
 
-from unlearn.cli import data, detect, doctor, evals, jobs, reapply, recipes, report, select, sweep
+from unlearn.cli import (
+    data,
+    detect,
+    doctor,
+    edit,
+    evals,
+    jobs,
+    reapply,
+    recipes,
+    report,
+    select,
+    sweep,
+)
 from unlearn.cli.entry import Json, Offline, go_offline, guarded, naming, say
 from unlearn.cli.options import HOW, Forget, Lora, Map, Method, Model, Out, Preset, Retain, Set
 from unlearn.cli.progress import Emit, listening
@@ -36,6 +48,7 @@ app = typer.Typer(
 data.app.command(epilog=select.EPILOG)(select.select)
 app.add_typer(data.app, name="data", rich_help_panel=BEFORE)
 app.add_typer(recipes.app, name="recipes", rich_help_panel=BEFORE)
+app.add_typer(edit.app, name="edit", rich_help_panel=AFTER)
 app.add_typer(evals.app, name="eval", rich_help_panel=AFTER)
 app.add_typer(detect.app, name="detect", rich_help_panel=AFTER)
 

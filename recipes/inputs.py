@@ -163,7 +163,9 @@ def _absolute_term(term: Term) -> Term:
 
 def _absolute_edit(recipe: Recipe) -> EditSection | None:
     update = _absolute(update_of(recipe))
-    return recipe.edit.model_copy(update={"update": update}) if recipe.edit and update else recipe.edit
+    return (
+        recipe.edit.model_copy(update={"update": update}) if recipe.edit and update else recipe.edit
+    )
 
 
 def _absolute_evals(evals: EvalsSection) -> EvalsSection:

@@ -48,7 +48,8 @@ class Edit:
 
 
 EDITS: dict[str, Edit] = {
-    edit.name: edit for edit in (
+    edit.name: edit
+    for edit in (
         Edit(task_vector),
         Edit(kfade, settings_mistake),
         Edit(again.reapply, again.settings_mistake),

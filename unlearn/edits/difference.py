@@ -1,6 +1,6 @@
 """The update that leads from one model to another: what fine-tuning, or any edit, has changed."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -103,7 +103,7 @@ def described(start: Any, edited: Any, update: Update) -> dict[str, Any]:
     """Say what an update between two models changes, the largest first; norms are Frobenius's.
 
     ``relative`` is ‖Δ‖ / ‖start‖, of all weights or of one; ``changed_share`` the share of entries
-    with another stored value, of the weights that changed.
+    with another value, of the weights that changed, as they are and rounded to bf16.
     """
     ours, theirs = (dict(plain(model).named_parameters()) for model in (start, edited))
     layers = [_layer(name, ours[name], theirs[name]) for name in update.kept]
@@ -117,7 +117,9 @@ def described(start: Any, edited: Any, update: Update) -> dict[str, Any]:
         "norm": norm,
         "relative": norm / whole,
         "changed_share": changed_share(ours, changed),
-        "dtype": _dtypes(changed),
+        "changed_share_bfloat16": changed_share(
+            _rounded(ours, changed), _rounded(changed, changed)
+        ),
         "rank": update.about.get("rank"),
         "relative_error": update.about.get("relative_error", 0.0),
         "layers": layers,
@@ -141,5 +143,5 @@ def _norm(values: Tensor) -> float:
     return float(torch.linalg.vector_norm(values, dtype=torch.float64))
 
 
-def _dtypes(weights: Mapping[str, Tensor]) -> str:
-    return ", ".join(sorted({str(one.dtype).removeprefix("torch.") for one in weights.values()}))
+def _rounded(weights: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
+    return {name: weights[name].bfloat16() for name in names}

@@ -30,7 +30,7 @@ class Factors:
         return (scale * self.left) @ self.right
 
     def scaled(self, scale: float) -> "Factors":
-        """Give factors of the matrix times ``scale``; their product is ``times(scale)``, exactly."""
+        """Give factors of the matrix times ``scale``; their product is exactly ``times(scale)``."""
         return Factors(scale * self.left, self.right)
 
 

@@ -14,7 +14,14 @@ from unlearn.curvature.distance import Reference, mean_nll, spaced
 from unlearn.curvature.passes import Rows
 from unlearn.curvature.steps import EVALUATIONS, Goal, Reading, search
 from unlearn.data.encode import Example
-from unlearn.edits.update import Update, check_fits, check_scale, is_start, load_update, stored_change
+from unlearn.edits.update import (
+    Update,
+    check_fits,
+    check_scale,
+    is_start,
+    load_update,
+    stored_change,
+)
 from unlearn.errors import RunFailed, UserError
 from unlearn.head import plain
 from unlearn.monitors import peak_memory_bytes
@@ -68,6 +75,8 @@ def reapply(  # noqa: PLR0913 - each is a key of the recipe's edit section
     began = is_start(model, given)
     goals = Goals(forget_nll, retain_kl)
     found = search_scale(added, forget, retain, goals, scale=scale, listen=listen)
+    if found.missed:
+        listen({"event": "warning", "message": f"a goal was missed {found.missed}"})
     listen(_event(found, forget, retain, time.monotonic() - started))
     listen({"event": "update", **added.told(found.scale), "is_start": began,
             "origin": dict(given.about), **found.told()})  # fmt: skip
@@ -76,13 +85,13 @@ def reapply(  # noqa: PLR0913 - each is a key of the recipe's edit section
 
 def settings_mistake(hyper: Mapping[str, Any]) -> str | None:
     """Say what is wrong with hyperparameters together, each of them right by itself."""
-    goals = [name for name in ("forget_nll", "retain_kl") if hyper[name] is not None]
     if hyper["scale"] == "search":
-        return None if goals else (
-            "scale: search needs a goal: set forget_nll (nats per token), retain_kl, or both"
-        )  # fmt: skip
-    if goals:
-        return f"{goals[0]} given with a scale, which is not searched then: leave one of them out"
+        if hyper["forget_nll"] is not None or hyper["retain_kl"] is not None:
+            return None
+        return (
+            "scale: search needs a goal: set forget_nll (nats per token, for instance what the "
+            "model gives text of this kind that it has not seen), retain_kl, or both"
+        )
     if not (math.isfinite(hyper["scale"]) and hyper["scale"]):
         return f"scale: {hyper['scale']} given; must be search or a finite number other than 0"
     return None
@@ -94,6 +103,15 @@ class Goals:
 
     forget_nll: float | None = None
     retain_kl: float | None = None
+
+    def missed(self, found: Reading, scale: float) -> str:
+        """Say which of them a scale does not come to; empty when it comes to both."""
+        lost = []
+        if self.forget_nll is not None and found.nll < 0.95 * self.forget_nll:
+            lost.append(f"forget loss {found.nll:.3f}, below forget_nll {self.forget_nll:g}")
+        if self.retain_kl is not None and found.kl > self.retain_kl:
+            lost.append(f"KL {found.kl:.4f}, above retain_kl {self.retain_kl:g}")
+        return f"at scale {scale:.3g}: {'; '.join(lost)}" if lost else ""
 
     def goal(self, now: Reading) -> Goal:
         """Give what the search aims at from here."""
@@ -142,13 +160,13 @@ class FoundScale:
     start: Reading
     reading: Reading
     trials: list[dict[str, float]] = field(default_factory=list)
-    reached: bool = True
-    """Whether the forget loss, or the KL that may be used, was come to."""
+    missed: str = ""
+    """Which goal was not come to; empty when all were."""
 
     def told(self) -> dict[str, Any]:
         """Give it for results."""
-        return {"scale": self.scale, "trials": self.trials, "reached": self.reached,
-                "start_nll": self.start.nll}  # fmt: skip
+        return {"scale": self.scale, "trials": self.trials, "missed": self.missed,
+                "start": {"forget/nll": self.start.nll, "retain/kl": self.start.kl}}  # fmt: skip
 
 
 def search_scale(
@@ -165,7 +183,7 @@ def search_scale(
     Measured are the mean forget loss and KL(model before || after) on the retain rows, both in nats
     per token. The search is K-FADE's (:func:`unlearn.curvature.steps.search`): it begins at
     ``FIRST``, tries up to ``EVALUATIONS`` scales up to ``LARGEST``, and takes the longest that is
-    not too far. With a number for ``scale`` that one is measured and taken.
+    not too far. With a number for ``scale`` that one is measured and taken, whatever the goals.
 
     Raises:
         RunFailed: no scale stays within bounds, or the goal is reached without the update. The
@@ -187,7 +205,8 @@ def search_scale(
 
     if scale != "search":
         check_scale(scale)
-        return FoundScale(scale, now, measure(scale), trials)
+        taken = measure(scale)
+        return FoundScale(scale, now, taken, trials, goals.missed(taken, scale))
     goal = goals.goal(now)
     if goal.nll is not None and goal.rise <= 0:
         raise RunFailed(
@@ -200,7 +219,8 @@ def search_scale(
         added.put(0.0)
         raise RunFailed(_none_within(now, trials), "raise retain_kl or forget_nll")
     added.put(found.alpha)
-    return FoundScale(found.alpha, now, found.reading, trials, goal.reached(found.reading))
+    missed = goals.missed(found.reading, found.alpha)
+    return FoundScale(found.alpha, now, found.reading, trials, missed)
 
 
 def _none_within(now: Reading, trials: Sequence[Mapping[str, float]]) -> str:

@@ -88,8 +88,10 @@ def save_update(update: Update, path: Path) -> None:
     metadata = {"format": FORMAT, "about": json.dumps(dict(update.about))}
     tensors: dict[str, Tensor] = {}
     for name, one in update.kept.items():
-        factored = isinstance(one, Factors)
-        tensors |= {f"{name}:left": one.left, f"{name}:right": one.right} if factored else {name: one}
+        if isinstance(one, Factors):
+            tensors |= {f"{name}:left": one.left, f"{name}:right": one.right}
+        else:
+            tensors[name] = one
     for name, rest in update.remainders.items():
         tensors |= {f"{name}:places": rest.places, f"{name}:remainders": rest.values}
     laid_out = {name: one.detach().cpu().contiguous() for name, one in tensors.items()}
