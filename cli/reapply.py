@@ -219,7 +219,7 @@ def _show(result: dict[str, Any]) -> None:
 
     same = "the weights it began with" if result["is_start"] else "other weights than it began with"
     if "trials" in result:
-        Console().print(trials_table(result))
+        show_trials(Console(), result)
     print(
         f"{result['edit']} x {result['scale']:.4g} was added to {result['weights']} weights "
         f"({same})\nmodel  {result['model']}"
@@ -230,17 +230,18 @@ def _show(result: dict[str, Any]) -> None:
         print(f"note: a goal was missed {result['missed']}")
 
 
-def trials_table(found: dict[str, Any]) -> Any:
+def show_trials(console: Any, found: dict[str, Any]) -> None:
     """Set out what was measured at each scale; the one that was taken is marked."""
     from rich.table import Table
 
     from unlearn.cli.render import PLAIN
 
-    table = Table(title="scales that were tried (nats per token)", **PLAIN)
+    table = Table(**PLAIN)
     for name in ("scale", "forget NLL", "retain KL", ""):
         table.add_column(name, justify="right", no_wrap=True)
     for one in [{"scale": 0.0, **found["start"]}, *found["trials"]]:
         mark = "taken" if one["scale"] == found["scale"] else ""
         numbers = (f"{one['scale']:.4g}", f"{one['forget/nll']:.3f}", f"{one['retain/kl']:.4f}")
         table.add_row(*numbers, mark, style="bold" if mark else None)
-    return table
+    console.print("[bold]scales that were tried[/] (nats per token)")
+    console.print(table)

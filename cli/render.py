@@ -25,10 +25,10 @@ def print_results(results: dict[str, Any]) -> None:
     console.print()
     console.print(_metrics(results))
     if results["training"].get("trials"):
-        from unlearn.cli.reapply import trials_table
+        from unlearn.cli.reapply import show_trials
 
         console.print()
-        console.print(trials_table(results["training"]))
+        show_trials(console, results["training"])
     _say_what_matters(console, results)
     if results["examples"]:
         console.print()
