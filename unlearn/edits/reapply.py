@@ -224,11 +224,16 @@ def search_scale(
 
 
 def _none_within(now: Reading, trials: Sequence[Mapping[str, float]]) -> str:
+    """Say why no scale was taken: the shortest one tried tells."""
     least = min(trials, key=lambda one: one["scale"])
+    if least["forget/nll"] <= now.nll:
+        why = "the update does not raise the forget loss of this model"
+    else:
+        why = "no scale stays within bounds"
     return (
-        f"no scale stays within bounds: at {least['scale']:.2g}, the least of {len(trials)} tried, "
-        f"the forget loss is {least['forget/nll']:.3f} (before: {now.nll:.3f}) and the KL "
-        f"{least['retain/kl']:.4f} nats per token"
+        f"{why}: at {least['scale']:.2g}, the least of {len(trials)} tried, the forget loss is "
+        f"{least['forget/nll']:.4f} (before: {now.nll:.4f}) and the KL {least['retain/kl']:.2g} "
+        "nats per token"
     )
 
 
