@@ -30,7 +30,7 @@ from unlearn.evals.forget_retain import Split
 from unlearn.kinds import require_plain
 from unlearn.objectives import find
 from unlearn.recipes.benchmarks import Measures, find_measures
-from unlearn.recipes.inputs import update_of
+from unlearn.recipes.inputs import check_update_file, update_of
 from unlearn.recipes.schema import Recipe
 from unlearn.recipes.sections import ExtraSection
 from unlearn.training import Term
@@ -210,6 +210,7 @@ def _check_enough_rows(prepared: Prepared) -> None:
 def _check_update(recipe: Recipe, source: models.ModelSource) -> None:
     """Refuse an update that is none, or that this model has no weights for; none are loaded."""
     if place := update_of(recipe):
+        check_update_file(place)
         shapes = update_shapes(Path(place))
         check_fits(weightless(source), shapes)
 

@@ -59,7 +59,10 @@ def test_mistakes_are_told_before_weights_are_loaded(place: Path, monkeypatch: A
     monkeypatch.setattr("unlearn.models.load_model", None)
     Path("there.safetensors").touch()
     for words, message in (
-        (("start", "other", "--out", "u.safetensors"), r"\[32, 48\] in the start, \[32, 40\] in"),
+        (
+            ("start", "other", "--out", "u.safetensors"),
+            r"is \[48, 32\] in the start, \[40, 32\] in",
+        ),
         (("start", "gone", "--out", "u.safetensors"), "no model folder 'gone'"),
         (("start", "edited", "--out", "there.safetensors"), "already exists"),
         (("start", "edited", "--out", "update"), "ends in .safetensors"),

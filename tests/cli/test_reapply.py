@@ -55,7 +55,7 @@ def searched(place: Path, monkeypatch: Any) -> list[str]:
         rows = ({"question": f"Who is {n}?", "answer": f"{n} {said}."} for n in range(5))
         Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     torch.manual_seed(0)
-    save_update(Update({NAME: torch.randn(32, 48)}, {"edit": "kfade"}), Path("update.safetensors"))
+    save_update(Update({NAME: -torch.randn(32, 48)}, {"edit": "kfade"}), Path("update.safetensors"))
     return ["reapply", "update.safetensors", "--model", "model", "--scale", "search",
             "--forget", "forget.jsonl", "--retain", "retain.jsonl", "--out", "again"]  # fmt: skip
 
@@ -78,8 +78,10 @@ def test_the_scale_is_searched_and_shown(searched: list[str]) -> None:
 
 
 def test_a_search_that_cannot_succeed_writes_nothing(searched: list[str]) -> None:
-    with pytest.raises(RunFailed, match="no scale stays within bounds"):
-        CliRunner().invoke(app, [*searched, "--retain-kl", "1e-20"], catch_exceptions=False)
+    update = load_file("update.safetensors")
+    save_update(Update({NAME: 1e6 * update[NAME]}, {"edit": "kfade"}), Path("update.safetensors"))
+    with pytest.raises(RunFailed, match="nats per token"):
+        CliRunner().invoke(app, [*searched, "--retain-kl", "1e-4"], catch_exceptions=False)
     assert not Path("again").exists()
 
 

@@ -66,9 +66,12 @@ def again(start, uphill, tmp_path):
 
 
 def measured(start, model):
-    scorer = Scorer.for_model(model)
-    reference = Reference.of(start, Rows(DATA["retain"]), scorer)
-    return mean_nll(model, Rows(DATA["forget"]), scorer), reference.kl(model)
+    """Measure in the plainest way: one model that first has the one's weights, then the other's."""
+    here = copy.deepcopy(start)
+    scorer = Scorer.for_model(here)
+    reference = Reference.of(here, Rows(DATA["retain"]), scorer)
+    here.load_state_dict(model.state_dict())
+    return mean_nll(here, Rows(DATA["forget"]), scorer), reference.kl(here)
 
 
 def kinds(events, kind):
@@ -77,9 +80,9 @@ def kinds(events, kind):
 
 def test_the_search_reaches_the_goal_and_leaves_the_scaled_update(again, start):
     first = measured(start, start)[0]
-    model, events, weights = again(8.0, forget_nll=first + 0.3)
+    model, events, weights = again(8.0, forget_nll=first + 0.1)
     (step,), (told,) = kinds(events, "step"), kinds(events, "update")
-    assert step["forget/nll"] == pytest.approx(first + 0.3, abs=0.05 * 0.3 + 1e-6)
+    assert step["forget/nll"] == pytest.approx(first + 0.1, abs=0.05 * 0.1 + 1e-6)
     assert (step["forget/nll"], step["retain/kl"]) == pytest.approx(measured(start, model))
     trials = kinds(events, "trial")
     assert trials[0]["scale"] == FIRST
@@ -112,11 +115,9 @@ def test_no_scale_beyond_the_longest_is_tried(again):
 
 
 def test_where_no_scale_stays_within_bounds_nothing_is_changed(again):
-    with pytest.raises(
-        RunFailed, match=r"no scale stays within bounds: at 1.5e-05, the least of 8"
-    ):
-        again(8.0, retain_kl=1e-15)
-    with pytest.raises(RunFailed, match="no scale stays within bounds"):
+    with pytest.raises(RunFailed, match="the least of 8 tried"):
+        again(1e6, retain_kl=1e-3)
+    with pytest.raises(RunFailed, match="does not raise the forget loss"):
         again(-8.0, forget_nll=30.0)
     with pytest.raises(RunFailed, match="there is nothing to be added"):
         again(8.0, forget_nll=1.0)
