@@ -10,6 +10,7 @@ from unlearn.cli import (
     data,
     detect,
     doctor,
+    edit,
     evals,
     jobs,
     reapply,
@@ -50,6 +51,7 @@ data.app.command(epilog=select.EPILOG)(select.select)
 app.add_typer(data.app, name="data", rich_help_panel=BEFORE)
 app.add_typer(recipes.app, name="recipes", rich_help_panel=BEFORE)
 app.add_typer(curvature.app, name="curvature", rich_help_panel=BEFORE)
+app.add_typer(edit.app, name="edit", rich_help_panel=AFTER)
 app.add_typer(evals.app, name="eval", rich_help_panel=AFTER)
 app.add_typer(detect.app, name="detect", rich_help_panel=AFTER)
 

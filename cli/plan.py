@@ -53,8 +53,9 @@ def print_plan(plan: dict[str, Any]) -> None:
 def _steps(console: Any, plan: dict[str, Any]) -> None:
     steps, tokens, parameters = plan["steps"], plan["tokens"], plan["parameters"]
     if edit := plan["edit"]:
+        number = "steps" if steps["total"] != 1 else "step"
         console.print(
-            f"[bold]{steps['total']}[/bold] steps of {edit} at most, about "
+            f"[bold]{steps['total']}[/bold] {number} of {edit} at most, about "
             f"[bold]{tokens['total']:,}[/bold] tokens there and back; nothing is trained",
             highlight=False,
         )

@@ -24,6 +24,11 @@ def print_results(results: dict[str, Any]) -> None:
     console = Console()
     console.print()
     console.print(_metrics(results))
+    if results["training"].get("trials"):
+        from unlearn.cli.reapply import show_trials
+
+        console.print()
+        show_trials(console, results["training"])
     _say_what_matters(console, results)
     if results["examples"]:
         console.print()

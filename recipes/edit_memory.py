@@ -1,12 +1,17 @@
 """The memory of an edit that trains nothing: weights, their curvature, and passes over rows."""
 
+from pathlib import Path
 from typing import Any
 
 from unlearn.curvature.factors import accumulated
 from unlearn.curvature.layers import named_layers
+from unlearn.curvature.steps import EVALUATIONS
 from unlearn.edits import EDITS
+from unlearn.edits.update import update_shapes
+from unlearn.evals.memory import scoring_bytes
 from unlearn.head import CHUNK_BYTES, CPU_PIECE_BYTES
 from unlearn.recipes.footprint import Footprint
+from unlearn.recipes.inputs import update_of
 from unlearn.recipes.memory import Part
 from unlearn.recipes.prepare import Prepared
 from unlearn.scoring import CPU_TOKENS
@@ -29,6 +34,8 @@ def edit_parts(prepared: Prepared, model: Any, size: Footprint, device: str) -> 
     """
     how = edit_settings(prepared)
     found = [Part("weights", size.weights, f"{size.parameters:,} parameters")]
+    if place := update_of(prepared.recipe):
+        return found + _reapplied_parts(prepared, model, Path(place), device)
     if "curvature" not in how:
         return found
     layers = named_layers(model, how["layers"])
@@ -53,6 +60,33 @@ def edit_parts(prepared: Prepared, model: Any, size: Footprint, device: str) -> 
         Part("activations", kept * tokens, f"{tokens:,} tokens"),
         Part("head", 4 * piece, "logits in chunks"),
     ]
+
+
+def _reapplied_parts(prepared: Prepared, model: Any, place: Path, device: str) -> list[Part]:
+    """List what is held while scales of an update are tried: nothing is kept for backward passes.
+
+    The update stays in the host's memory, which on a CPU is the device's; a GPU gets one weight of
+    it at a time.
+    """
+    own = dict(model.named_parameters())
+    weights = [own[name] for name in update_shapes(place)]
+    longest = max(len(row.input_ids) for one in prepared.streams.values() for row in one.examples)
+    tokens = edit_settings(prepared)["batch_tokens"]
+    tokens = max(longest, min(tokens, CPU_TOKENS) if device == "cpu" else tokens)
+    wide = [one.numel() * accumulated(one.dtype).itemsize for one in weights]
+    found = [
+        Part("start", sum(one.nbytes for one in weights), "what every trial is added to"),
+        Part("one weight", 3 * max(wide), "of the update, scaled and added, in fp32"),
+        Part("forward pass", scoring_bytes(model, tokens), f"over {tokens:,} tokens"),
+    ]
+    if device == "cpu":
+        found.insert(1, Part("update", place.stat().st_size, "as the file has it"))
+    return found
+
+
+def readings(prepared: Prepared) -> int:
+    """Count how often rows are read at most while scales are tried, the start included."""
+    return 1 + (EVALUATIONS if edit_settings(prepared)["scale"] == "search" else 1)
 
 
 def _square(side: int, limit: int) -> int:

@@ -53,6 +53,7 @@ def check_inputs(recipe: Recipe) -> None:
         check_new(Path(recipe.out))
     for path in (recipe.model.path, recipe.model.retain_model):
         check_model_folder(path)
+    check_update_file(update_of(recipe))
     if any(stream.endswith("refusal") for stream in recipe.read_streams()):
         read_refusals(recipe.data.refusals)
     for name in ("forget", "retain", "unseen"):
@@ -81,6 +82,19 @@ def check_model_folder(path: str | None) -> None:
     """Refuse a model folder that is not there; hub names and None pass."""
     if path and is_path(path) and not Path(path).exists():
         raise UserError(f"no model folder '{path}'", "give a folder or a hub name owner/name")
+
+
+def update_of(recipe: Recipe) -> str | None:
+    """Give the file of the update that the recipe's edit adds again; None for other recipes."""
+    found = recipe.edit.hyper.get("update") if recipe.edit else None
+    return found if isinstance(found, str) else None
+
+
+def check_update_file(path: str | None) -> None:
+    """Refuse an update that is not there; None passes."""
+    if path is not None and not Path(path).is_file():
+        hint = "name the update.safetensors of a run, or make one: unlearn edit diff"
+        raise UserError(f"no update file '{path}'", hint)
 
 
 def check_new(out: Path) -> None:

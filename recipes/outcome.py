@@ -11,6 +11,7 @@ from unlearn.assistant.build import Assistant, assisted
 from unlearn.assistant.compose import together
 from unlearn.assistant.rules import ALONE, settings
 from unlearn.edits import EDITS
+from unlearn.edits.low_rank import LowRank
 from unlearn.edits.update import Update, save_update
 from unlearn.errors import UserError
 from unlearn.head import plain
@@ -92,11 +93,11 @@ def edited(
     section = prepared.recipe.edit
     assert section is not None
     steps: list[int] = []
-    changes: dict[str, Any] = {}
+    changed: dict[str, Any] = {}
 
     def hear(event: dict[str, Any]) -> None:
         if event["event"] == "update":
-            changes.update(event["weights"])
+            changed.update({key: value for key, value in event.items() if key != "event"})
             return
         steps.extend([event["step"]] if event["event"] == "step" else [])
         listen(event)
@@ -110,11 +111,25 @@ def edited(
     }
     with models.recomputed(model, on=prepared.recipe.training.gradient_checkpointing):
         model = EDITS[section.name](model, given, **section.hyper)
-    if changes:
-        about = {"edit": section.name, "hyper": section.hyper, "start": weights_hash}
-        Ranks.world().first(lambda: save_update(Update(changes, about), folder.update))
     memory = monitors.peak_memory_bytes()
-    return model, {"edit": section.name, "steps": len(steps), "peak_memory_bytes": memory}
+    summary = {"edit": section.name, "steps": len(steps), "peak_memory_bytes": memory}
+    if changed:
+        about = {"edit": section.name, "hyper": section.hyper, "start": weights_hash}
+        summary |= Ranks.world().first(lambda: _keep_update(changed, about, folder.update))
+    return model, summary
+
+
+def _keep_update(changed: dict[str, Any], about: dict[str, Any], place: Path) -> dict[str, Any]:
+    """Write what an edit has added; give what else it tells of that, for the results."""
+    parts = ("weights", "remainders", "rank")
+    weights, remainders, rank = (changed.get(part) for part in parts)
+    told = {key: value for key, value in changed.items() if key not in parts}
+    update = Update(LowRank(weights or {}), about, remainders or {})
+    if rank is not None:
+        update = update.of_rank(rank)
+        told |= {key: update.about[key] for key in ("rank", "relative_error")}
+    save_update(update, place)
+    return told
 
 
 def assistant_of(prepared: Prepared) -> Assistant | None:

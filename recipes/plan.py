@@ -18,9 +18,11 @@ from unlearn.monitors import peak_memory_bytes
 from unlearn.packing import can_pack, packable
 from unlearn.ranks import Ranks
 from unlearn.recipes.communication import described, traffic
+from unlearn.recipes.edit_memory import readings
 from unlearn.recipes.estimate import Estimate, Sized, estimate, for_its_device, training_of
 from unlearn.recipes.fitting import fit
 from unlearn.recipes.footprint import Footprint
+from unlearn.recipes.inputs import update_of
 from unlearn.recipes.memory import Part, Training, held
 from unlearn.recipes.prepare import Prepared
 from unlearn.recipes.schema import LaunchSection
@@ -190,11 +192,16 @@ def _tokens(prepared: Prepared) -> dict[str, int]:
 
 
 def _edited_tokens(prepared: Prepared) -> dict[str, int]:
-    """Count what an edit passes over: the forget set in every step, the retain set once."""
+    """Count what an edit passes over: the forget set in every step, the retain set once.
+
+    A search for the scale of an update reads both before the first trial, and after every one.
+    """
     forget, retain = (
         sum(len(row.input_ids) for row in prepared.streams[name].examples)
         for name in ("forget", "retain")
     )
+    if update_of(prepared.recipe):
+        return {"per_step": forget + retain, "total": readings(prepared) * (forget + retain)}
     return {"per_step": forget, "total": forget * prepared.steps + retain}
 
 

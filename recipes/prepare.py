@@ -5,6 +5,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from unlearn import models
@@ -21,12 +22,15 @@ from unlearn.data.answers import (
 )
 from unlearn.data.collate import StreamDataset
 from unlearn.edits import EDITS
+from unlearn.edits.update import check_fits, update_shapes
+from unlearn.edits.weightless import weightless
 from unlearn.engines import Engine
 from unlearn.errors import UserError
 from unlearn.evals.forget_retain import Split
 from unlearn.kinds import require_plain
 from unlearn.objectives import find
 from unlearn.recipes.benchmarks import Measures, find_measures
+from unlearn.recipes.inputs import check_update_file, update_of
 from unlearn.recipes.schema import Recipe
 from unlearn.recipes.sections import ExtraSection
 from unlearn.training import Term
@@ -160,6 +164,7 @@ def prepare(recipe: Recipe, *, offline: bool = False) -> Prepared:
     recipe.require_runnable()
     _check_choice(recipe)
     source, tokenizer, template = open_tokenizer(recipe, offline=offline)
+    _check_update(recipe, source)
     if recipe.model.retain_model:
         models.check_source(sibling(source, recipe.model.retain_model))
     streams, splits = {}, {}
@@ -219,6 +224,14 @@ def _check_enough_rows(prepared: Prepared) -> None:
             f"{processes} processes given, but the forget set has {rows} row{'s' * (rows > 1)}",
             f"start {rows} or fewer (--nproc, --nnodes)",
         )
+
+
+def _check_update(recipe: Recipe, source: models.ModelSource) -> None:
+    """Refuse an update that is none, or that this model has no weights for; none are loaded."""
+    if place := update_of(recipe):
+        check_update_file(place)
+        shapes = update_shapes(Path(place))
+        check_fits(weightless(source), shapes)
 
 
 def _check_choice(recipe: Recipe) -> None:

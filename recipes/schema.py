@@ -389,6 +389,9 @@ class Recipe(_Section):
         if self.edit and self.edit.reads_unseen:
             asked = "rows like the forget set that the model has not seen: edit asks for them"
             needs.insert(-1, ("data.unseen", self.data.unseen, asked))
+        if self.edit and "update" in self.edit.hyper:
+            way = "--set edit.update=FILE, the update.safetensors of a run"
+            needs.insert(-1, ("edit.update", self.edit.hyper["update"], way))
         return [f"{key} is missing ({why})" for key, value, why in needs if value is None]
 
     def require_runnable(self) -> None:

@@ -100,6 +100,8 @@ def training_line(training: Mapping[str, Any]) -> str:
         parts.append(f"{training['tokens']:,} tokens")
     if training.get("peak_memory_bytes") is not None:
         parts.append(f"peak memory {training['peak_memory_bytes'] / 2**20:,.0f} MiB")
+    if training.get("changed_share") is not None:
+        parts.append(f"{training['changed_share']:.1%} of the edited values changed as stored")
     return ", ".join(parts)
 
 

@@ -10,9 +10,21 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from unlearn.curvature.direction import Direction
 from unlearn.curvature.layers import find_layers
 from unlearn.curvature.steps import Weights
-from unlearn.edits.update import Update, is_start, load_update, reapply, save_update
+from unlearn.edits.low_rank import truncated
+from unlearn.edits.reapply import Added
+from unlearn.edits.update import (
+    Update,
+    changed_share,
+    check_fits,
+    is_start,
+    load_update,
+    reapply,
+    rounding,
+    save_update,
+    update_shapes,
+)
 from unlearn.errors import UserError
-from unlearn.models import weights_hash
+from unlearn.models import Lora, add_lora, weights_hash
 
 
 def gpt2():
@@ -61,3 +73,81 @@ def test_other_files_are_refused(tmp_path):
     for name, message in (("weights.safetensors", "holds no update"), ("gone", "cannot read")):
         with pytest.raises(UserError, match=message):
             load_update(tmp_path / name)
+
+
+def test_a_scale_is_tried_without_a_trace(build_tiny_model):
+    model = build_tiny_model()
+    name = "model.layers.0.mlp.up_proj.weight"
+    before, change = model.state_dict()[name].clone(), torch.randn(48, 32)
+    before[0, 0] = model.state_dict()[name][0, 0] = -0.0
+    added = Added(model, Update({name: change}, {}))
+    for scale in (0.25, 16.0, 0.5):
+        added.put(scale)
+    assert torch.equal(model.state_dict()[name], before + 0.5 * change)
+    added.put(0.0)
+    assert weights_hash(model) == weights_hash(build_with(build_tiny_model(), name, before))
+
+
+def build_with(model, name, values):
+    model.state_dict()[name].copy_(values)
+    return model
+
+
+def test_low_rank_is_the_nearest_of_its_rank_and_comes_back_from_a_file(tmp_path):
+    """diag(3, 2, 1) in rank 2: what is lost is 1 of √(9 + 4 + 1)."""
+    change = torch.zeros(8, 9)
+    change[range(3), range(3)] = torch.tensor([3.0, 2.0, 1.0])
+    update = Update({"a": change, "bias": torch.ones(3)}, {"edit": "kfade"}).of_rank(2)
+    assert update.about["relative_error"] == pytest.approx((1 / 17) ** 0.5)
+    expected = change.clone()
+    expected[2, 2] = 0.0
+    save_update(update, tmp_path / "update.safetensors")
+    for found in (update, load_update(tmp_path / "update.safetensors")):
+        assert dict(found.about) == update.about
+        torch.testing.assert_close(found.weights["a"], expected, rtol=1e-6, atol=1e-6)
+        assert torch.equal(found.weights["bias"], torch.ones(3))
+        assert found.kept["a"].left.shape == (8, 2)
+    shapes = update_shapes(tmp_path / "update.safetensors")
+    assert shapes == {"a": [8, 9], "bias": [3]}
+
+
+def test_factors_are_balanced_and_matrices_that_gain_nothing_stay_whole():
+    draw = torch.Generator().manual_seed(0)
+    wide, small = torch.randn(12, 20, generator=draw), torch.randn(4, 4, generator=draw)
+    kept, error = truncated({"wide": wide, "small": small}, 5)
+    values = torch.linalg.svdvals(wide)
+    left, right = kept.kept["wide"].left, kept.kept["wide"].right
+    torch.testing.assert_close((left.T @ left).diag(), values[:5])
+    torch.testing.assert_close((right @ right.T).diag(), values[:5])
+    assert torch.equal(kept["small"], small)
+    whole = (wide.square().sum() + small.square().sum()).sqrt()
+    assert error == pytest.approx(float(values[5:].square().sum().sqrt() / whole), rel=1e-4)
+
+
+def test_a_low_rank_update_at_another_length_adds_what_it_says(build_tiny_model):
+    """Bit for bit: what a run stores of a reapplied update leads to the run's own model."""
+    name, draw = "model.layers.0.mlp.up_proj.weight", torch.Generator().manual_seed(0)
+    update = Update({name: torch.randn(48, 32, generator=draw)}, {}).of_rank(3)
+    found = [
+        reapply(build_tiny_model(), one, scale=scale)
+        for one, scale in ((update, 0.3), (update.scaled(0.3), 1.0))
+    ]
+    assert weights_hash(found[0]) == weights_hash(found[1]) != weights_hash(build_tiny_model())
+
+
+def test_shares_and_rounding_by_hand():
+    """In bf16, 1 + 2⁻⁹ is rounded back to 1, and 1 + 2⁻⁷ is exact."""
+    start = {"a": torch.ones(4, dtype=torch.bfloat16)}
+    added = {"a": torch.tensor([0.0, 2.0**-9, 2.0**-7, 2.0**-7])}
+    edited = {"a": (start["a"].float() + added["a"]).bfloat16()}
+    assert changed_share(start, edited) == 0.5
+    lost = 2.0**-18 / (2.0**-18 + 2 * 2.0**-14)
+    assert rounding(start, edited, added) == pytest.approx(lost**0.5)
+    exact = {"a": start["a"].float() + added["a"]}
+    assert rounding(start, exact, added) == 0.0
+
+
+def test_adapters_are_refused(build_tiny_model):
+    adapted = add_lora(build_tiny_model(), Lora(rank=2))
+    with pytest.raises(UserError, match="the model has adapters"):
+        check_fits(adapted, {})

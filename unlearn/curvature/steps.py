@@ -82,14 +82,16 @@ def search(
     goal: Goal,
     *,
     trials: int = EVALUATIONS,
+    longest: float = math.inf,
 ) -> Found | None:
     """Find the scale α of a step on log α, from measurements alone.
 
     Between a step that was too short and one that was too long, log excess is taken to be linear in
     log α; where it is not known, the middle is tried. What is given is the longest step tried that
-    is not too far, or None when all were. A longer step after which the loss is lower than ``now``,
-    or than after a shorter one, is past the top and too far as well. The quadratic model only gives
-    ``start``: where the forget set was memorised it is far off.
+    is not too far, or None when all were; none is longer than ``longest``. A longer step after
+    which the loss is lower than ``now``, or than after a shorter one, is past the top and too far
+    as well. The quadratic model only gives ``start``: where the forget set was memorised it is far
+    off.
     """
     short: _Trial | None = None
     long: _Trial | None = None
@@ -102,9 +104,9 @@ def search(
             long = _Trial(alpha, math.inf if past else goal.excess(found))
         else:
             short, best = _Trial(alpha, goal.excess(found)), found
-            if goal.reached(found):
+            if goal.reached(found) or alpha == longest:
                 break
-        alpha = math.exp(_next(short, long))
+        alpha = min(math.exp(_next(short, long)), longest)
     return None if best is None or short is None else Found(short.alpha, best, number)
 
 

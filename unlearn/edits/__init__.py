@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from unlearn.edits import reapply as again
 from unlearn.edits.kfade import kfade, settings_mistake
 from unlearn.edits.task_vector import task_vector
 from unlearn.errors import unknown
@@ -48,7 +49,12 @@ class Edit:
 
 
 EDITS: dict[str, Edit] = {
-    edit.name: edit for edit in (Edit(task_vector), Edit(kfade, settings_mistake))
+    edit.name: edit
+    for edit in (
+        Edit(task_vector),
+        Edit(kfade, settings_mistake),
+        Edit(again.reapply, again.settings_mistake),
+    )
 }
 
 

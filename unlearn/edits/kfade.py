@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 
-from unlearn.curvature.ascent import Ascent
 from unlearn.curvature.damping import Damping, DampingText
 from unlearn.curvature.distance import mean_nll
 from unlearn.curvature.factors import Kind
@@ -23,6 +22,8 @@ from unlearn.curvature.parts import Listen, LossOn, Parts, told
 from unlearn.curvature.rules import Rule, StepRule
 from unlearn.curvature.storage import load_curvature, save_curvature
 from unlearn.data.encode import Example
+from unlearn.edits.ascent import Ascent
+from unlearn.edits.update import stored_change
 from unlearn.errors import UserError
 from unlearn.models import weights_hash
 from unlearn.ranks import Ranks
@@ -57,6 +58,7 @@ def kfade(  # noqa: PLR0913 - each is a key of the recipe's edit section
     batch_tokens: PositiveInt = 8192,
     max_factor_dim: PositiveInt = 16384,
     factors: str | None = None,
+    update_rank: PositiveInt | None = None,
 ) -> Any:
     """Raise the loss of the forget rows where that moves the outputs on the retain rows least.
 
@@ -78,7 +80,8 @@ def kfade(  # noqa: PLR0913 - each is a key of the recipe's edit section
     ``loss_on`` says which retain tokens count: what rows train, or ``all``. ``retain_tokens`` caps
     the labelled tokens that H is fitted to; ``forget_rows`` those rows that are measured.
     ``factors`` names a file: read when it is there, else written. ``listen`` is told of progress, a
-    ``step`` after every step, and in the end an ``update``: what was added to each weight, in fp32.
+    ``step`` after every step, and in the end an ``update``: what was added to each weight, in fp32,
+    and the ``update_rank`` that it is to be kept in (None: whole).
     ``keep`` names a file for the steps taken so far: a later call with the same arguments goes on
     after the last of them, with the same result.
     """
@@ -98,7 +101,9 @@ def kfade(  # noqa: PLR0913 - each is a key of the recipe's edit section
     ascent = Ascent(model, parts, tracked, scorer, rule, lambdas, listen, ascend, correct, kept)
     with _warnings_told(listen):
         ascent.run(fit, refit=refit)
-    listen({"event": "update", "weights": ascent.weights.changes()})
+    weights, now = ascent.weights, {layer.name: layer.weight for layer in tracked}
+    stored = stored_change(weights.start, now, weights.total)
+    listen({"event": "update", "weights": weights.changes(), "rank": update_rank, **stored})
     return model
 
 
