@@ -62,7 +62,6 @@ def test_what_cannot_be_kept_is_refused_before_anything_is_loaded(recipe):
     nothing = whole.model_copy(update={"data": whole.data.model_copy(update={"retain": None})})
     for given, out, message in (
         (recipe("npo"), "new", "'npo' has no curvature"),
-        (recipe("kfade", "edit.refit=true"), "new", "factors given with refit"),
         (whole, "there", "'there' already exists"),
         (nothing, "new", "data.retain is missing"),
     ):

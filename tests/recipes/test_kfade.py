@@ -119,10 +119,6 @@ TERM = "terms: [{objective: nll, on: forget}]\n"
             "curvature: act}\n",
             "curvature: act does not give",
         ),
-        (
-            "method: a\nedit: {name: kfade, forget_nll: 3.0, refit: true, factors: f}\n",
-            "factors given with refit",
-        ),
         ("method: a\nedit: {name: kfade, damping: much}\n", "must be KIND:C with C above 0"),
         ("method: a\nedit: {name: kfade, step_rule: serch}\n", "'search', 'fixed'"),
         ("method: a\nedit: {name: kfade, forget_nl: 3.0}\n", "did you mean 'forget_nll'"),

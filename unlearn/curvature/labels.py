@@ -19,6 +19,7 @@ from unlearn.head import CHUNK_BYTES, CPU_PIECE_BYTES, VocabularyHead
 Fisher = Literal["importance", "mc", "empirical"]
 Ascend = Literal["nll", "unlikelihood"]
 """What is raised on the forget rows: −log p, or log(1 − p)."""
+Logits = Float[Tensor, "position vocab"]
 SIGNS = 2**32
 """Sets the streams of numbers apart that give signs."""
 
@@ -139,7 +140,11 @@ class _Draw:
 
         return _Draw(cut(self.targets), self.ascend, cut(self.uniform), cut(self.signs))
 
-    def cotangent(self, probabilities: Float[Tensor, "position vocab"]) -> Tensor:
+    def cotangent(
+        self,
+        logits: Float[Tensor, "position vocab"],
+        probabilities: Float[Tensor, "position vocab"],
+    ) -> Float[Tensor, "position vocab"]:
         """Give the gradient at the logits."""
         if self.signs is not None:
             assert self.uniform is not None
@@ -149,7 +154,7 @@ class _Draw:
             labels = sample(probabilities, self.uniform)
         assert labels is not None
         if self.ascend == "unlikelihood":
-            return _unlikely(probabilities, labels.to(probabilities.device))
+            return _unlikely(logits, probabilities, labels.to(probabilities.device))
         return _less_one(probabilities, labels.to(probabilities.device))
 
 
@@ -159,16 +164,14 @@ def _less_one(probabilities: Tensor, labels: Int[Tensor, " position"]) -> Tensor
     return probabilities.scatter_add(-1, there, -torch.ones_like(there, dtype=probabilities.dtype))
 
 
-def _unlikely(probabilities: Tensor, labels: Int[Tensor, " position"]) -> Tensor:
+def _unlikely(logits: Tensor, probabilities: Tensor, labels: Int[Tensor, " position"]) -> Tensor:
     """Give p_y (r − e_y), where r is the distribution of all other tokens.
 
     It is p_y/(1 − p_y) (p − e_y), but exact where p_y rounds to 1.
     """
     there = labels[:, None]
-    own = probabilities.gather(-1, there)
-    others = probabilities.scatter(-1, there, 0.0)
-    others = others / others.sum(-1, keepdim=True).clamp_min(torch.finfo(others.dtype).tiny)
-    return own * _less_one(others, labels)
+    others = logits.scatter(-1, there, -torch.inf).softmax(-1)
+    return probabilities.gather(-1, there) * _less_one(others, labels)
 
 
 def _important(
@@ -214,7 +217,7 @@ def _piece(head: VocabularyHead, hidden: Tensor, draws: Sequence[_Draw]) -> Iter
     probabilities = logits.detach().softmax(-1)
     for number, one in enumerate(draws):
         more = number + 1 < len(draws)
-        ahead = one.cotangent(probabilities)
+        ahead = one.cotangent(logits.detach(), probabilities)
         (found,) = torch.autograd.grad(logits, leaf, ahead, retain_graph=more)
         yield found
 

@@ -24,7 +24,8 @@ from unlearn.monitors import peak_memory_bytes
 from unlearn.ranks import Ranks
 from unlearn.scores import Scorer
 
-Fit = Callable[[], Curvature]
+Fit = Callable[[bool], Curvature]
+"""Fits the curvature to the weights as they are; told whether these are those of the start."""
 PARTS = (1.0, 0.3, 0.1, 0.03)
 """Parts of a Newton step back that are tried, until one lowers the KL that is measured."""
 
@@ -59,7 +60,7 @@ class Ascent:
         if self.correct:
             self.start = Reference.of(self.model, self.rows.fit, self.scorer)
         now = self._measured(reference)
-        curvature = None if refit or self.rule.ends(now) else self._fitted(fit)
+        curvature = None if refit or self.rule.ends(now) else self._fitted(fit, 1)
         if self.kept and (found := self.kept.load()):
             totals, self.records = found
             self.weights.restore(totals)
@@ -67,7 +68,7 @@ class Ascent:
         for step in range(len(self.records) + 1, self.rule.steps + 1):
             if self.rule.ends(now):
                 break
-            after = self._step(step, now, curvature or self._fitted(fit), reference)
+            after = self._step(step, now, curvature or self._fitted(fit, step), reference)
             if after is None:
                 break
             now = after
@@ -79,9 +80,9 @@ class Ascent:
                 "raise forget_nll or retain_kl",
             )
 
-    def _fitted(self, fit: Fit) -> Curvature:
+    def _fitted(self, fit: Fit, step: int) -> Curvature:
         self.tokens += num_tokens(self.rows.fit)
-        return fit()
+        return fit(step == 1)
 
     def _measured(
         self, reference: Reference, step: Direction | None = None, alpha: float = 0.0

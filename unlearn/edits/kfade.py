@@ -5,6 +5,7 @@ import json
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +20,7 @@ from unlearn.curvature.kept import Kept
 from unlearn.curvature.labels import Ascend, Fisher
 from unlearn.curvature.layers import LayerSet, Tracked, find_layers
 from unlearn.curvature.parts import Listen, LossOn, Parts, told
+from unlearn.curvature.passes import Rows
 from unlearn.curvature.rules import Rule, StepRule
 from unlearn.curvature.storage import load_curvature, save_curvature
 from unlearn.data.encode import Example
@@ -47,7 +49,7 @@ def kfade(  # noqa: PLR0913 - each is a key of the recipe's edit section
     damping: DampingText = "factored:1e-3",
     trim: NonNegativeInt = 0,
     layers: LayerSet | list[str] = "mlp",
-    refit: bool = False,
+    refit: bool = True,
     correct: bool = True,
     fisher: Fisher = "importance",
     label_draws: PositiveInt = 1,
@@ -62,11 +64,18 @@ def kfade(  # noqa: PLR0913 - each is a key of the recipe's edit section
 ) -> Any:
     """Raise the loss of the forget rows where that moves the outputs on the retain rows least.
 
-    Each step is δ = α (H + λI)⁻¹g: g is the gradient of the mean forget loss (nats per token),
-    taken anew, H the curvature of KL(start || model) per retain token, ``refit`` or not. The step
-    goes up the loss. Weights of linear layers change, in place; biases, embeddings, norms and head
-    do not. Source: McKinney et al. 2026, arXiv:2602.10568. Ours, and not the paper's: the search
-    for α, the factored damping, several steps, the held-out KL, and all defaults.
+    Each step is δ = (H + λI)⁻¹(αg − βr). g is the gradient of the mean forget loss (nats per
+    token), r that of KL(start || model) per retain token, H the Gauss–Newton matrix of that KL; all
+    are taken anew at every step. At the start r is 0: the first step is the paper's, α(H + λI)⁻¹g,
+    up the loss. Weights of linear layers change, in place; biases, embeddings, norms and head do
+    not. Source: McKinney et al. 2026, arXiv:2602.10568. Ours, and not the paper's: several steps,
+    ``refit`` (without it H stays that of the start), ``correct`` (without it β is 0), the search
+    for α, ``ascend``, the factored damping, the held-out KL, and all defaults.
+
+    ``ascend`` says what g raises: ``nll``, −log p of the tokens, as in the paper, whose gradient
+    comes more and more from those that are lost already; or ``unlikelihood``, log(1 − p), which
+    pulls at tokens that are still known. ``correct``: before a step the weights go down the KL, by
+    (H + λI)⁻¹r scaled to take back all of it, or a part that lowers it on held-out rows.
 
     ``step_rule``: ``search`` measures after trial steps and takes the longest that reaches its
     share of the way to ``forget_nll`` and stays within ``retain_kl`` (on ``held_out`` rows that H
@@ -79,7 +88,8 @@ def kfade(  # noqa: PLR0913 - each is a key of the recipe's edit section
     ``trim`` leaves that many of the largest eigenvalues out of the mean that λ is a share of;
     ``loss_on`` says which retain tokens count: what rows train, or ``all``. ``retain_tokens`` caps
     the labelled tokens that H is fitted to; ``forget_rows`` those rows that are measured.
-    ``factors`` names a file: read when it is there, else written. ``listen`` is told of progress, a
+    ``factors`` names a file for the curvature at the start: read when it is there, else written.
+    ``listen`` is told of progress, a
     ``step`` after every step, and in the end an ``update``: what was added to each weight, in fp32,
     and the ``update_rank`` that it is to be kept in (None: whole).
     ``keep`` names a file for the steps taken so far: a later call with the same arguments goes on
@@ -89,13 +99,14 @@ def kfade(  # noqa: PLR0913 - each is a key of the recipe's edit section
     scorer = Scorer.for_model(model)
     goal = _goal(model, parts, scorer, forget_nll, listen)
     rule = Rule(step_rule, steps, step_size, goal, retain_kl)
-    if why := rule.mistake() or _unkept(refit, factors):
+    if why := rule.mistake():
         raise UserError(why)
     if parts.warning:
         listen({"event": "warning", "message": parts.warning})
     settings = FitSettings(curvature, fisher, label_draws, max_factor_dim, seed)
     tracked, lambdas = find_layers(model, layers), Damping.parse(damping, trim)
-    fit = partial(_fitted, model, parts, tracked, settings, scorer, factors, listen)
+    rows = told(parts.fit, "curvature of the retain set", listen)
+    fit = _Fit(model, rows, tracked, settings, scorer, factors)
     how = (rule, lambdas, ascend, correct, refit)
     kept = Kept(keep, _identity(model, parts, tracked, settings, how)) if keep else None
     ascent = Ascent(model, parts, tracked, scorer, rule, lambdas, listen, ascend, correct, kept)
@@ -150,13 +161,6 @@ def _warnings_told(listen: Listen) -> Iterator[None]:
         warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
 
 
-def _unkept(refit: bool, factors: str | None) -> str | None:
-    """Say that a file holds one curvature, when one would be fitted in every step."""
-    if refit and factors is not None:
-        return "factors given with refit: a file keeps one curvature; leave one of them out"
-    return None
-
-
 def settings_mistake(hyper: Mapping[str, Any]) -> str | None:
     """Say what is wrong with hyperparameters together, each of them right by itself."""
     goal = 1.0 if hyper["forget_nll"] == "unseen" else hyper["forget_nll"]
@@ -164,26 +168,31 @@ def settings_mistake(hyper: Mapping[str, Any]) -> str | None:
     unpredicted = hyper["curvature"] == "act" and rule.step_rule == "trust_region"
     if unpredicted:
         return "step_rule: trust_region needs a predicted KL, which curvature: act does not give"
-    return rule.mistake() or _unkept(hyper["refit"], hyper["factors"])
+    return rule.mistake()
 
 
-def _fitted(
-    model: Any,
-    parts: Parts,
-    layers: Sequence[Tracked],
-    settings: FitSettings,
-    scorer: Scorer,
-    factors: str | None,
-    listen: Listen,
-) -> Curvature:
-    """Fit the curvature at the weights as they are now, or read it from the file that keeps it."""
-    rows = told(parts.fit, "curvature of the retain set", listen)
-    if factors is None:
-        return fit_curvature(model, rows, layers, settings, scorer=scorer)
-    place, ranks = Path(factors), Ranks.of(model)
-    identity = identity_of(weights_hash(model), rows.examples, layers, settings)
-    if ranks.all(place.is_file()):
-        return load_curvature(place, identity, device=model.device)
-    found = fit_curvature(model, rows, layers, settings, identity=identity, scorer=scorer)
-    ranks.first(lambda: save_curvature(found, place))
-    return found
+@dataclass(frozen=True)
+class _Fit:
+    """Fits the curvature to the weights as they are; a file may keep that of the start."""
+
+    model: Any
+    rows: Rows
+    layers: Sequence[Tracked]
+    settings: FitSettings
+    scorer: Scorer
+    factors: str | None
+
+    def __call__(self, at_start: bool) -> Curvature:
+        fit = partial(
+            fit_curvature, self.model, self.rows, self.layers, self.settings, scorer=self.scorer
+        )
+        if self.factors is None or not at_start:
+            return fit()
+        place, ranks = Path(self.factors), Ranks.of(self.model)
+        weights = weights_hash(self.model)
+        identity = identity_of(weights, self.rows.examples, self.layers, self.settings)
+        if ranks.all(place.is_file()):
+            return load_curvature(place, identity, device=self.model.device)
+        found = fit(identity=identity)
+        ranks.first(lambda: save_curvature(found, place))
+        return found
