@@ -80,64 +80,47 @@ def fit_curvature(
         UserError: no row has a labelled token, or a sum is not finite.
     """
     settings = settings or FitSettings()
-    model = whole(model)
-    scorer = scorer or Scorer.for_model(model)
-    ranks, kind = Ranks.of(model), settings.curvature
-    if kind == "diag":
+    scorer = scorer or Scorer.for_model(whole(model))
+    if settings.curvature == "diag":
         found = {layer.name: LayerCurvature(layer.group) for layer in layers}
-        found, counts = _spectrum(model, rows, layers, settings, found, scorer)
+        found, counts = with_spectrum(found, model, rows, layers, settings, scorer=scorer)
     else:
-        sums = _factors(model, rows, layers, settings, scorer).over_ranks(ranks)
-        draws = settings.labels(0).number
-        counts = _checked(sums.counts, layers)
-        found = sums.layers(layers, draws)
-    if kind == "ekfac":
-        found = _with_bases(found, ranks)
-        found, _ = _spectrum(model, rows, layers, settings, found, scorer)
+        found, counts = fit_factors(model, rows, layers, settings, scorer=scorer)
+    if settings.curvature == "ekfac":
+        found = with_bases(found, Ranks.of(whole(model)))
+        found, _ = with_spectrum(found, model, rows, layers, settings, scorer=scorer)
     for name, layer in found.items():
         _require_finite(name, layer)
     return Curvature(found, counts, dict(identity or {}))
 
 
-def _factors(
+def fit_factors(
     model: Any,
     rows: Rows,
     layers: Sequence[Tracked],
     settings: FitSettings,
-    scorer: Scorer,
-) -> FactorSums:
+    *,
+    scorer: Scorer | None = None,
+) -> tuple[dict[str, LayerCurvature], Counts]:
+    """Go through the rows once: A, G (not for ``act``) and the trace (``tkfac``) of every layer."""
+    model = whole(model)
+    scorer = scorer or Scorer.for_model(model)
     sums = FactorSums.for_layers(layers, settings.curvature, settings.max_factor_dim)
-    stream = counted(batches(model, rows), sums)
+    stream, source = counted(batches(model, rows), sums), settings.labels(0)
     if settings.curvature == "act":
         forward_passes(model, layers, stream, sums.hear_inputs, scorer=scorer)
     else:
-        backward_passes(model, layers, stream, settings.labels(0), sums.hear, scorer=scorer)
-    return sums
-
-
-def _spectrum(
-    model: Any,
-    rows: Rows,
-    layers: Sequence[Tracked],
-    settings: FitSettings,
-    found: Mapping[str, LayerCurvature],
-    scorer: Scorer,
-) -> tuple[dict[str, LayerCurvature], Counts]:
-    """Measure eigenvalues in a pass of its own, with labels of its own."""
-    sums, source = SpectrumSums.for_layers(layers, found), settings.labels(1)
-    stream = counted(batches(model, rows), sums)
-    backward_passes(model, layers, stream, source, sums.hear, scorer=scorer)
+        backward_passes(model, layers, stream, source, sums.hear, scorer=scorer)
     sums = sums.over_ranks(Ranks.of(model))
     counts = _checked(sums.counts, layers)
-    labels = counts.labels * source.number
-    return {
-        name: replace(found[name], eigenvalues=total / labels)
-        for name, total in sums.totals.items()
-    }, counts
+    return sums.layers(layers, source.number), counts
 
 
-def _with_bases(layers: Mapping[str, LayerCurvature], ranks: Ranks) -> dict[str, LayerCurvature]:
+def with_bases(
+    layers: Mapping[str, LayerCurvature], ranks: Ranks | None = None
+) -> dict[str, LayerCurvature]:
     """Give every layer the eigenvectors of its factors, which are then no longer needed."""
+    ranks = ranks or Ranks()
     inputs = {one.group: one.inputs for one in layers.values() if one.inputs}
     outputs = {name: one.outputs for name, one in layers.items() if one.outputs}
     right = sharing.bases(inputs, eigenvectors, ranks)
@@ -148,6 +131,30 @@ def _with_bases(layers: Mapping[str, LayerCurvature], ranks: Ranks) -> dict[str,
         )
         for name, one in layers.items()
     }
+
+
+def with_spectrum(
+    found: Mapping[str, LayerCurvature],
+    model: Any,
+    rows: Rows,
+    layers: Sequence[Tracked],
+    settings: FitSettings,
+    *,
+    scorer: Scorer | None = None,
+) -> tuple[dict[str, LayerCurvature], Counts]:
+    """Measure eigenvalues in a pass of its own, with labels of its own."""
+    model = whole(model)
+    sums, source = SpectrumSums.for_layers(layers, found), settings.labels(1)
+    stream = counted(batches(model, rows), sums)
+    scorer = scorer or Scorer.for_model(model)
+    backward_passes(model, layers, stream, source, sums.hear, scorer=scorer)
+    sums = sums.over_ranks(Ranks.of(model))
+    counts = _checked(sums.counts, layers)
+    labels = counts.labels * source.number
+    return {
+        name: replace(found[name], eigenvalues=total / labels)
+        for name, total in sums.totals.items()
+    }, counts
 
 
 def _checked(counts: Counts, layers: Sequence[Tracked]) -> Counts:
