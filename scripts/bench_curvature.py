@@ -236,8 +236,7 @@ def _summary(kind: str, pairs: Sequence[Pair]) -> dict[str, Any]:
 def _phase(pairs: Sequence[Pair]) -> dict[str, Any]:
     """Give medians of one phase: its share of each side is as telling as the ratio."""
     found: dict[str, Any] = {
-        side: round(statistics.median(pair[side]["seconds"] for pair in pairs), 3)
-        for side in SIDES
+        side: round(statistics.median(pair[side]["seconds"] for pair in pairs), 3) for side in SIDES
     }
     if found["ours"]:
         ratios = [pair["kronfluence"]["seconds"] / pair["ours"]["seconds"] for pair in pairs]

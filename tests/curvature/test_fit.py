@@ -166,7 +166,7 @@ def test_wide_axes_are_cut_into_blocks(llama, rows, monkeypatch):
     assert cut[name].inputs.widths == [4, 4, 4]
     torch.testing.assert_close(cut[name].inputs.dense(), whole[name].inputs.dense() * mask, **EXACT)
     assert cut[name].outputs.widths == [4, 4]
-    monkeypatch.setattr(blocks_module, "TILED_FROM", 1)
+    monkeypatch.setattr(blocks_module, "TILED_FROM", {"cpu": 1})
     tiled = fit_curvature(llama, Rows(rows), layers, EMPIRICAL).layers
     for one, layer in tiled.items():
         torch.testing.assert_close(layer.inputs.dense(), whole[one].inputs.dense(), **EXACT)

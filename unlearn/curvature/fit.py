@@ -3,7 +3,7 @@
 import hashlib
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -86,11 +86,11 @@ def fit_curvature(
         found, counts = with_spectrum(found, model, rows, layers, settings, scorer=scorer)
     else:
         found, counts = fit_factors(model, rows, layers, settings, scorer=scorer)
+    _require_finite(found)
     if settings.curvature == "ekfac":
         found = with_bases(found, Ranks.of(whole(model)))
         found, _ = with_spectrum(found, model, rows, layers, settings, scorer=scorer)
-    for name, layer in found.items():
-        _require_finite(name, layer)
+        _require_finite(found)
     return Curvature(found, counts, dict(identity or {}))
 
 
@@ -117,19 +117,22 @@ def fit_factors(
 
 
 def with_bases(
-    layers: Mapping[str, LayerCurvature], ranks: Ranks | None = None
+    layers: MutableMapping[str, LayerCurvature], ranks: Ranks | None = None
 ) -> dict[str, LayerCurvature]:
-    """Give every layer the eigenvectors of its factors, which are then no longer needed."""
+    """Give every layer the eigenvectors of its factors in place of them.
+
+    ``layers`` is emptied, so that all factors and all eigenvectors are never held at once.
+    """
     ranks = ranks or Ranks()
     inputs = {one.group: one.inputs for one in layers.values() if one.inputs}
     outputs = {name: one.outputs for name, one in layers.items() if one.outputs}
+    about = {name: replace(one, inputs=None, outputs=None) for name, one in layers.items()}
+    layers.clear()
     right = sharing.bases(inputs, eigenvectors, ranks)
     left = sharing.bases(outputs, eigenvectors, ranks)
     return {
-        name: LayerCurvature(
-            one.group, input_basis=right[one.group], output_basis=left[name], trace=one.trace
-        )
-        for name, one in layers.items()
+        name: replace(one, input_basis=right[one.group], output_basis=left[name])
+        for name, one in about.items()
     }
 
 
@@ -152,7 +155,7 @@ def with_spectrum(
     counts = _checked(sums.counts, layers)
     labels = counts.labels * source.number
     return {
-        name: replace(found[name], eigenvalues=total / labels)
+        name: replace(found[name], eigenvalues=total.div_(labels))
         for name, total in sums.totals.items()
     }, counts
 
@@ -171,15 +174,16 @@ def _checked(counts: Counts, layers: Sequence[Tracked]) -> Counts:
     return counts
 
 
-def _require_finite(name: str, layer: LayerCurvature) -> None:
-    blocks = [one for one in (layer.inputs, layer.outputs) if one is not None]
-    tensors = [part for one in blocks for part in one.parts]
-    tensors += [layer.eigenvalues] if layer.eigenvalues is not None else []
-    if not all(bool(one.isfinite().all()) for one in tensors):
-        raise UserError(
-            f"the curvature of '{name}' is not finite: activations or gradients overflow",
-            "load the model as bfloat16 or float32",
-        )
+def _require_finite(layers: Mapping[str, LayerCurvature]) -> None:
+    for name, layer in layers.items():
+        blocks = [one for one in (layer.inputs, layer.outputs) if one is not None]
+        tensors = [part for one in blocks for part in one.parts]
+        tensors += [layer.eigenvalues] if layer.eigenvalues is not None else []
+        if not all(bool(one.isfinite().all()) for one in tensors):
+            raise UserError(
+                f"the curvature of '{name}' is not finite: activations or gradients overflow",
+                "load the model as bfloat16 or float32",
+            )
 
 
 @dataclass(frozen=True)
@@ -215,7 +219,7 @@ def gradient(
     labels = sums.counts.labels
     if not labels:
         raise UserError("the rows have no labelled token, so there is no gradient", "give others")
-    return Gradient({name: total / labels for name, total in sums.totals.items()}, labels)
+    return Gradient({name: total.div_(labels) for name, total in sums.totals.items()}, labels)
 
 
 def identity_of(

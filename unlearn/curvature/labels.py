@@ -127,11 +127,10 @@ def _piece(
     probabilities = logits.detach().softmax(-1)
     for number, (values, is_uniform) in enumerate(given):
         labels = sample(probabilities, values) if is_uniform else values.to(logits.device)
-        one_hot = torch.nn.functional.one_hot(labels, probabilities.shape[-1])
         more = number + 1 < len(given)
-        (found,) = torch.autograd.grad(
-            logits, leaf, probabilities - one_hot.to(probabilities), retain_graph=more
-        )
+        error = probabilities.clone() if more else probabilities
+        error[torch.arange(len(labels), device=labels.device), labels] -= 1
+        (found,) = torch.autograd.grad(logits, leaf, error, retain_graph=more)
         yield found
 
 
