@@ -26,7 +26,9 @@ Kronfluence writes what it fits after every phase and reads it for the next; our
 ``speedup_as_used`` counts kronfluence's alone. ``--memory``: peak resident size beyond that of the
 loaded process, phase by phase, in runs of their own whose allocator gives freed blocks back at
 once. Files that are mapped into memory count. ``--same-batches`` gives kronfluence rows sorted by
-length, so that it has little padding too; a user would have to do that.
+length, so that it has little padding too; a user would have to do that. Before and after every
+phase kronfluence collects Python's garbage, seconds in a process with many modules: what was there
+before is frozen, so that this costs nothing and is not measured.
 
 What bounds it, for a weight [o, i], n tokens in r rows:
 
@@ -35,12 +37,13 @@ What bounds it, for a weight [o, i], n tokens in r rows:
   itself stays, but for padding.
 - ``eigen``: about 9(i³ + o³) in fp64, which nothing makes fewer: the widest matrices (one A, two G
   per Llama block) are nobody's twice. It is the bound of ``ekfac`` where tokens are few.
-- ``spectrum``: theirs takes 2r·io(i + o), ours the fewer of that and 2n(i² + o² + io): with rows far
-  shorter than the matrices are wide, this is where the most is gained.
+- ``spectrum``: theirs takes 2r·io(i + o), ours the fewer of that and 2n(i² + o² + io): with rows
+  far shorter than the matrices are wide, this is where the most is gained.
 - Memory: A, G and their eigenvectors, 4(i² + o²) bytes each; ours never holds both for all layers.
 """
 
 import argparse
+import gc
 import json
 import os
 import statistics
@@ -167,6 +170,8 @@ def _started(
 ) -> subprocess.Popen[str]:
     command = [sys.executable, __file__, *arguments, "--worker", kind, side]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    if threads := _parser().parse_args(arguments).threads:
+        environment["OMP_NUM_THREADS"] = str(threads)  # SciPy's too
     return subprocess.Popen(command, text=True, env=os.environ | environment, **pipes)
 
 
@@ -259,6 +264,8 @@ def _work(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         model, retain, forget = _given(options)
         make = {"kronfluence": _kronfluence, "ours": _ours}[side]
         phases, file_seconds = make(kind, options, model, retain, forget, Path(folder))
+        gc.collect()
+        gc.freeze()
         loaded = _resident("VmRSS")
         yield {"model": sum(p.numel() * p.element_size() for p in model.parameters())}
         for phase, work in phases.items():
