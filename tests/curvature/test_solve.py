@@ -55,6 +55,7 @@ def test_factored_damping_is_added_to_each_factor():
     assert operator.damping == pytest.approx(to_a * to_g)
     undamped = (torch.kron(g, a) @ grad.flatten()).view(OUT, IN)
     torch.testing.assert_close(operator.product(grad), undamped, **EXACT)
+    assert operator.bend(grad) == pytest.approx(float((grad * undamped).sum()), rel=1e-9)
 
 
 @pytest.mark.parametrize("kind", ["relative", "absolute"])

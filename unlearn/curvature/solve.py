@@ -29,7 +29,7 @@ class Inverse(Protocol):
     """The damped inverse of one layer's block H of the curvature.
 
     ``damping`` is λ. ``solve`` gives (H + λI)⁻¹g, ``product`` Hδ without the damping, ``damped``
-    (H + λI)δ, all as [out, in].
+    (H + λI)δ, all as [out, in]. ``bend`` is the number δᵀHδ.
     """
 
     @property
@@ -37,6 +37,7 @@ class Inverse(Protocol):
     def solve(self, grad: Weight) -> Weight: ...
     def product(self, change: Weight) -> Weight: ...
     def damped(self, change: Weight) -> Weight: ...
+    def bend(self, change: Weight) -> float: ...
 
 
 def inverse(layer: LayerCurvature, damping: Damping) -> Inverse:
@@ -94,6 +95,9 @@ class Nothing:
     def damped(self, change: Weight) -> Weight:
         return torch.zeros_like(change)
 
+    def bend(self, change: Weight) -> float:
+        return 0.0
+
 
 @dataclass(frozen=True)
 class EigenInverse:
@@ -112,6 +116,12 @@ class EigenInverse:
 
     def damped(self, change: Weight) -> Weight:
         return self._scaled(change, lambda values: values * (self.eigenvalues + self.damping))
+
+    def bend(self, change: Weight) -> float:
+        """Σ Λ(Qᵀδ)²: half of the products that Hδ takes."""
+        if self.output_basis is not None and self.input_basis is not None:
+            change = both_sides(change, self.output_basis, self.input_basis)
+        return float((self.eigenvalues * change.square()).sum(dtype=torch.float64))
 
     def _scaled(self, weight: Weight, scale: Callable[[Tensor], Tensor]) -> Weight:
         if self.output_basis is None or self.input_basis is None:
@@ -203,6 +213,9 @@ class KroneckerInverse:
 
     def damped(self, change: Weight) -> Weight:
         return _sides(change, self.damped_outputs, self.damped_inputs)
+
+    def bend(self, change: Weight) -> float:
+        return float((change * self.product(change)).sum(dtype=torch.float64))
 
     def _once(self, grad: Weight) -> Weight:
         right, left = self.roots
