@@ -18,9 +18,11 @@ from unlearn.forward import read_head
 from unlearn.head import VocabularyHead, plain
 from unlearn.ranks import Ranks, whole
 from unlearn.scores import IGNORE, Scorer, label_mask
-from unlearn.scoring import CPU_TOKENS, evaluation_mode
+from unlearn.scoring import evaluation_mode
 
 Progress = Callable[[int, int], None]
+CPU_TOKENS = 1024
+"""More tokens at once make a CPU no faster, and their activations are held until the way back."""
 
 
 @dataclass(frozen=True)
