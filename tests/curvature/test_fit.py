@@ -8,6 +8,7 @@ import torch
 from transformers.pytorch_utils import Conv1D
 
 from unlearn.curvature import blocks as blocks_module
+from unlearn.curvature import factors as factors_module
 from unlearn.curvature.blocks import Blocks
 from unlearn.curvature.fit import FitSettings, fit_curvature, gradient
 from unlearn.curvature.layers import find_layers
@@ -166,7 +167,7 @@ def test_wide_axes_are_cut_into_blocks(llama, rows, monkeypatch):
     assert cut[name].inputs.widths == [4, 4, 4]
     torch.testing.assert_close(cut[name].inputs.dense(), whole[name].inputs.dense() * mask, **EXACT)
     assert cut[name].outputs.widths == [4, 4]
-    monkeypatch.setattr(blocks_module, "TILED_FROM", 1)
+    monkeypatch.setattr(blocks_module, "TILED_FROM", {"cpu": 1})
     tiled = fit_curvature(llama, Rows(rows), layers, EMPIRICAL).layers
     for one, layer in tiled.items():
         torch.testing.assert_close(layer.inputs.dense(), whole[one].inputs.dense(), **EXACT)
@@ -269,3 +270,32 @@ def test_sums_of_bfloat16_on_cuda_are_those_of_float32(size):
     exact = rows.double().t() @ rows.double() / 500
     ours = found.finished(500).dense().double()
     assert (ours - exact).norm() < 1e-5 * exact.norm()
+
+
+@pytest.mark.filterwarnings("ignore:.*loss tokens for factors")
+def test_a_backward_pass_ends_at_the_lowest_layer(llama, rows):
+    """Nothing below the lowest layer that is tracked is asked for a gradient."""
+    asked = []
+    below = llama.model.layers[0]
+    below.register_forward_hook(lambda module, inputs, out: asked.append(out.requires_grad))
+    fit_curvature(llama, Rows(rows), find_layers(llama, blocks=(1, 1)), EMPIRICAL)
+    assert asked
+    assert not any(asked)
+
+
+@pytest.mark.filterwarnings("ignore:.*loss tokens for factors")
+def test_factors_that_are_not_finite_are_told_before_they_are_decomposed(llama, rows):
+    with torch.no_grad():
+        llama.model.layers[0].mlp.up_proj.weight[0, 0] = torch.nan
+    with pytest.raises(UserError, match="is not finite"):
+        fit_curvature(llama, Rows(rows), find_layers(llama), FitSettings("ekfac", "empirical"))
+
+
+@pytest.mark.filterwarnings("ignore:.*loss tokens for factors")
+def test_tokens_and_sums_of_rows_are_rotated_to_the_same(llama, rows, monkeypatch):
+    layers = find_layers(llama, "all-linear")
+    found = []
+    for choice in (True, False):
+        monkeypatch.setattr(factors_module, "_rotates_tokens", lambda *given, it=choice: it)
+        found.append(fit_curvature(llama, Rows(rows), layers, FitSettings("ekfac", "empirical")))
+    assert_same(*found, rtol=1e-8, atol=1e-10)

@@ -13,7 +13,13 @@ from unlearn.curvature.fit import FitSettings, fit_curvature, gradient
 from unlearn.curvature.layers import find_layers
 from unlearn.curvature.passes import Rows
 from unlearn.curvature.sharing import owners
-from unlearn.curvature.solve import inverse, positive, residual
+from unlearn.curvature.solve import (
+    inverse,
+    mean_eigenvalue,
+    positive,
+    residual,
+    trimmed_mean,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*loss tokens for factors")
 EXACT = {"rtol": 1e-8, "atol": 1e-10}
@@ -55,6 +61,7 @@ def test_factored_damping_is_added_to_each_factor():
     assert operator.damping == pytest.approx(to_a * to_g)
     undamped = (torch.kron(g, a) @ grad.flatten()).view(OUT, IN)
     torch.testing.assert_close(operator.product(grad), undamped, **EXACT)
+    assert operator.bend(grad) == pytest.approx(float((grad * undamped).sum()), rel=1e-9)
 
 
 @pytest.mark.parametrize("kind", ["relative", "absolute"])
@@ -173,3 +180,32 @@ def test_a_damping_that_is_none_is_refused(text):
     with pytest.raises(ValueError, match="must be KIND:C"):
         Damping.parse(text)
     assert str(Damping.parse("relative:0.1")) == "relative:0.1"
+
+
+def test_trimmed_means_leave_out_the_largest_eigenvalues():
+    """Of 100, 4, 3, 2 and 1 without the largest the mean is 2.5; without all but one it is 1."""
+    spectrum = torch.tensor([100.0, 4, 3, 2, 1], dtype=torch.float64)
+    basis = torch.linalg.qr(torch.randn(5, 5, dtype=torch.float64))[0]
+    part = basis @ spectrum.diag() @ basis.t()
+    whole, halves = Blocks((part,)), Blocks((spectrum[:2].diag(), spectrum[2:].diag()))
+    for factor in (whole, halves):
+        found = [mean_eigenvalue(factor, trim) for trim in (0, 1, 2, 9)]
+        assert found == pytest.approx([22.0, 2.5, 2.0, 1.0])
+    assert [trimmed_mean(spectrum, trim) for trim in (0, 1, 9)] == pytest.approx([22.0, 2.5, 1.0])
+
+
+@pytest.mark.parametrize("kind", ["kfac", "act", "diag"])
+def test_damping_is_a_share_of_the_trimmed_mean(kind):
+    layer = factors()
+    if kind == "act":
+        layer = dataclasses.replace(layer, outputs=None)
+    if kind == "diag":
+        layer = LayerCurvature("a", eigenvalues=torch.tensor([[9.0, 1, 2], [3, 2, 1]]))
+    plain, trimmed = (inverse(layer, Damping.parse("relative:0.1", trim)) for trim in (0, 1))
+    expected = {
+        "kfac": lambda: 0.1 * mean_eigenvalue(layer.inputs, 1) * mean_eigenvalue(layer.outputs, 1),
+        "act": lambda: 0.1 * mean_eigenvalue(layer.inputs, 1),
+        "diag": lambda: 0.1 * 9 / 5,
+    }[kind]()
+    assert trimmed.damping == pytest.approx(expected, rel=1e-6)
+    assert trimmed.damping < plain.damping

@@ -131,6 +131,65 @@ def test_every_kind_of_curvature_forgets(edit, kind):
     assert (steps[-1]["predicted_kl"] is None) == (kind == "act")
 
 
+@pytest.mark.parametrize("refit", [True, False])
+def test_an_interrupted_edit_goes_on_after_its_last_step(memorised, tmp_path, refit):
+    """Stopped while step 3 is told of: two steps are kept, and the weights are those of one go."""
+    how = {"forget_nll": 3.0, "steps": 3, "layers": "all-linear", "refit": refit}
+    whole = kfade(copy.deepcopy(memorised), DATA, **how)
+    seen = []
+
+    def stop(event):
+        seen.append(event.get("step"))
+        if event["event"] == "step" and event["step"] == 3:
+            raise KeyboardInterrupt
+
+    keep = tmp_path / "steps"
+    with pytest.raises(KeyboardInterrupt):
+        kfade(copy.deepcopy(memorised), DATA, stop, keep=keep, **how)
+    again = []
+    model = kfade(copy.deepcopy(memorised), DATA, again.append, keep=keep, **how)
+    assert [event["step"] for event in again if event["event"] == "step"] == [3]
+    for ours, theirs in zip(model.parameters(), whole.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    other = []
+    kfade(copy.deepcopy(memorised), DATA, other.append, keep=keep, **how | {"forget_nll": 2.0})
+    assert [event["step"] for event in other if event["event"] == "step"] == [1, 2, 3]
+
+
+def test_a_goal_is_measured_on_unseen_rows(memorised):
+    """Rows of other random tokens; without them the goal cannot be had."""
+    unseen, events = rows(6, 9), []
+    kfade(copy.deepcopy(memorised), DATA | {"unseen": unseen}, events.append, forget_nll="unseen")
+    (goal,) = [event for event in events if event["event"] == "goal"]
+    ids = torch.tensor([row.input_ids for row in unseen])
+    labels = torch.tensor([row.labels for row in unseen])
+    with torch.no_grad():
+        expected = float(memorised(input_ids=ids, labels=labels).loss)
+    assert goal["forget_nll"] == pytest.approx(expected, rel=1e-5)
+    last = [event for event in events if event["event"] == "step"][-1]
+    assert last["forget/nll"] == pytest.approx(expected, rel=0.05)
+    with pytest.raises(UserError, match="needs rows of the same kind"):
+        kfade(copy.deepcopy(memorised), DATA, forget_nll="unseen")
+
+
+def test_a_correction_only_ever_lowers_the_kl(edit):
+    _, steps = edit(forget_nll=3.0, steps=4, layers="all-linear")
+    before = [event["retain/kl"] for event in steps[:-1]]
+    after = [event["corrected_kl"] for event in steps[1:]]
+    assert all(later <= earlier for later, earlier in zip(after, before, strict=True))
+    assert any(event["correction"] > 0 for event in steps)
+    assert steps[0]["correction"] == 0
+    _, plain = edit(forget_nll=3.0, steps=4, layers="all-linear", correct=False)
+    assert steps[-1]["retain/kl"] < plain[-1]["retain/kl"]
+
+
+def test_all_tokens_of_retain_rows_may_count():
+    """Rows of 8 tokens whose first 3 are a prompt: 5 of them are labelled, or 7 can be."""
+    kept = [num_labels(Parts.of(DATA, 5, None, 10, 100, on).fit.examples)
+            for on in ("completion", "all")]  # fmt: skip
+    assert kept == [20 * 5, 20 * 7]
+
+
 def test_kept_factors_give_the_same_step(edit, tmp_path):
     place = str(tmp_path / "factors.safetensors")
     first = edit(step_rule="fixed", step_size=1e-5, steps=1, factors=place)

@@ -8,9 +8,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-TILED_FROM = 4096
-"""Matrices of this size and more have only the lower half of their tiles computed."""
+TILED_FROM = {"cpu": 512}
+TILED_ELSEWHERE = 4096
+"""Matrices of this size and more have only the lower half of their tiles computed, on a CPU and on
+other devices: 0.6 of the work, in products that must still be large enough for the device."""
 TILES = 4
+STRIP = 512
+"""Rows that are mirrored at once."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +61,8 @@ class Blocks:
             _add_gram(part, piece)
 
     def finished(self, count: int) -> "Blocks":
-        """Give the mean: symmetric, and over ``count`` units."""
-        return self.mapped(lambda part: _mirrored(part) / max(count, 1))
+        """Make these sums the mean over ``count`` units, symmetric, in their own memory."""
+        return self.mapped(lambda part: _mirror(part).div_(max(count, 1)))
 
 
 def block_widths(size: int, limit: int) -> list[int]:
@@ -87,14 +91,18 @@ def _add_mixed(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 def _tiles(total: Tensor, add: Callable[[Tensor, Tensor, Tensor], object], rows: Tensor) -> None:
     size = len(total)
-    if size < TILED_FROM:
+    if size < TILED_FROM.get(total.device.type, TILED_ELSEWHERE):
         add(total, rows.t(), rows)
         return
     for start, end in pairwise(size * place // TILES for place in range(TILES + 1)):
         add(total[start:end, :end], rows[:, start:end].t(), rows[:, :end])
 
 
-def _mirrored(total: Tensor) -> Tensor:
-    """Take the lower triangle for both: of small blocks it is the same up to rounding."""
-    lower = total.tril()
-    return lower + lower.tril(-1).t()
+def _mirror(total: Tensor) -> Tensor:
+    """Put the lower triangle in the place of the upper: of small blocks it is nearly the same."""
+    for start in range(0, len(total), STRIP):
+        end = start + STRIP
+        tile = total[start:end, start:end]
+        tile.copy_(tile.tril() + tile.tril(-1).t())
+        total[start:end, end:] = total[end:, start:end].t()
+    return total

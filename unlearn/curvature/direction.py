@@ -82,5 +82,5 @@ def _precondition(
     operator = inverse(layer, damping)
     found = operator.solve(g)
     slope = float((g.double() * found.double()).sum())
-    bend = float((found.double() * operator.product(found).double()).sum())
+    bend = operator.bend(found)
     return found, torch.tensor([slope, bend, operator.damping], dtype=torch.float64)

@@ -124,6 +124,8 @@ class SpectrumSums:
     bases: Mapping[str, LayerCurvature]
     totals: dict[str, Float[Tensor, "out in"]]
     counts: Counts = field(default_factory=Counts)
+    turned: tuple[Batch, str, Tensor] | None = None
+    """Inputs of the group heard last, in its basis."""
 
     @classmethod
     def for_layers(
@@ -140,9 +142,21 @@ class SpectrumSums:
     def hear(self, layer: Tracked, batch: Batch, draw: int, inputs: Tensor, grads: Tensor) -> None:
         """Take one layer's share of a backward pass."""
         total, basis = self.totals[layer.name], self.bases[layer.name]
-        parts = (part.to(total.dtype).split(batch.tokens_per_row) for part in (grads, inputs))
+        grads, inputs = grads.to(total.dtype), inputs.to(total.dtype)
+        if _rotates_tokens(basis, grads, inputs, len(batch.rows)):
+            grads, inputs = _after(basis.output_basis, grads), self._turned(layer, batch, inputs)
+            basis = LayerCurvature(layer.group)
+        parts = (part.split(batch.tokens_per_row) for part in (grads, inputs))
         for g, a in zip(*parts, strict=True):
-            total += rotated_gradient(g, a, basis.output_basis, basis.input_basis).square_()
+            total += rotated_sum(g, a, basis).square_()
+
+    def _turned(self, layer: Tracked, batch: Batch, inputs: Tensor) -> Tensor:
+        """Rotate inputs, once for layers that read the same: they are heard one after another."""
+        kept = self.turned
+        if kept is None or kept[0] is not batch or kept[1] != layer.group:
+            found = _after(self.bases[layer.name].input_basis, inputs)
+            self.turned = kept = (batch, layer.group, found)
+        return kept[2]
 
     def over_ranks(self, ranks: Ranks) -> "SpectrumSums":
         """Give the sums over all processes."""
@@ -155,20 +169,24 @@ def accumulated(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def rotated_gradient(
-    grads: Float[Tensor, "token out"],
-    inputs: Float[Tensor, "token in"],
-    output_basis: Blocks | None,
-    input_basis: Blocks | None,
-) -> Float[Tensor, "out in"]:
-    """Give Q_Gᵀ (Σ_t g aᵀ) Q_A, rotating tokens or the sum, whichever takes fewer products."""
-    if output_basis is None or input_basis is None:
-        return grads.t() @ inputs
+def _rotates_tokens(basis: LayerCurvature, grads: Tensor, inputs: Tensor, rows: int) -> bool:
+    """Tell whether rotating all tokens takes fewer products than rotating one sum per row."""
+    if basis.input_basis is None or basis.output_basis is None:
+        return False
     out, size, tokens = grads.shape[1], inputs.shape[1], len(inputs)
-    if tokens * (out**2 + size**2) < out * size * (out + size):
-        return output_basis.after(grads).t() @ input_basis.after(inputs)
-    turned = input_basis.after(grads.t() @ inputs)
-    return output_basis.after(turned.t()).t()
+    return tokens * (out**2 + size**2) < rows * out * size * (out + size)
+
+
+def rotated_sum(
+    grads: Float[Tensor, "token out"], inputs: Float[Tensor, "token in"], basis: LayerCurvature
+) -> Float[Tensor, "out in"]:
+    """Give Q_Gᵀ (Σ_t g aᵀ) Q_A."""
+    turned = _after(basis.input_basis, grads.t() @ inputs)
+    return _after(basis.output_basis, turned.t()).t()
+
+
+def _after(basis: Blocks | None, rows: Tensor) -> Tensor:
+    return rows if basis is None else basis.after(rows)
 
 
 def row_norms(batch: Batch, inputs: Tensor, grads: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -90,74 +90,84 @@ def fit_curvature(
         UserError: no row has a labelled token, or a sum is not finite.
     """
     settings = settings or FitSettings()
-    model = whole(model)
-    scorer = scorer or Scorer.for_model(model)
-    ranks, kind = Ranks.of(model), settings.curvature
-    if kind == "diag":
+    scorer = scorer or Scorer.for_model(whole(model))
+    if settings.curvature == "diag":
         found = {layer.name: LayerCurvature(layer.group) for layer in layers}
-        found, counts = _spectrum(model, rows, layers, settings, found, scorer)
+        found, counts = with_spectrum(found, model, rows, layers, settings, scorer=scorer)
     else:
-        sums = _factors(model, rows, layers, settings, scorer).over_ranks(ranks)
-        draws = settings.labels(0).number
-        counts = _checked(sums.counts, layers)
-        found = sums.layers(layers, draws)
-    if kind == "ekfac":
-        found = _with_bases(found, ranks)
-        found, _ = _spectrum(model, rows, layers, settings, found, scorer)
-    for name, layer in found.items():
-        _require_finite(name, layer)
+        found, counts = fit_factors(model, rows, layers, settings, scorer=scorer)
+    _require_finite(found)
+    if settings.curvature == "ekfac":
+        found = with_bases(found, Ranks.of(whole(model)))
+        found, _ = with_spectrum(found, model, rows, layers, settings, scorer=scorer)
+        _require_finite(found)
     return Curvature(found, counts, dict(identity or {}))
 
 
-def _factors(
+def fit_factors(
     model: Any,
     rows: Rows,
     layers: Sequence[Tracked],
     settings: FitSettings,
-    scorer: Scorer,
-) -> FactorSums:
+    *,
+    scorer: Scorer | None = None,
+) -> tuple[dict[str, LayerCurvature], Counts]:
+    """Go through the rows once: A, G (not for ``act``) and the trace (``tkfac``) of every layer."""
+    model = whole(model)
+    scorer = scorer or Scorer.for_model(model)
     sums = FactorSums.for_layers(layers, settings.curvature, settings.max_factor_dim)
-    stream = counted(batches(model, rows), sums)
+    stream, source = counted(batches(model, rows), sums), settings.labels(0)
     if settings.curvature == "act":
         forward_passes(model, layers, stream, sums.hear_inputs, scorer=scorer)
     else:
-        backward_passes(model, layers, stream, settings.labels(0), sums.hear, scorer=scorer)
-    return sums
+        backward_passes(model, layers, stream, source, sums.hear, scorer=scorer)
+    sums = sums.over_ranks(Ranks.of(model))
+    counts = _checked(sums.counts, layers)
+    return sums.layers(layers, source.number), counts
 
 
-def _spectrum(
+def with_bases(
+    layers: MutableMapping[str, LayerCurvature], ranks: Ranks | None = None
+) -> dict[str, LayerCurvature]:
+    """Give every layer the eigenvectors of its factors in place of them.
+
+    ``layers`` is emptied, so that all factors and all eigenvectors are never held at once.
+    """
+    ranks = ranks or Ranks()
+    inputs = {one.group: one.inputs for one in layers.values() if one.inputs}
+    outputs = {name: one.outputs for name, one in layers.items() if one.outputs}
+    about = {name: replace(one, inputs=None, outputs=None) for name, one in layers.items()}
+    layers.clear()
+    right = sharing.bases(inputs, eigenvectors, ranks)
+    left = sharing.bases(outputs, eigenvectors, ranks)
+    return {
+        name: replace(one, input_basis=right[one.group], output_basis=left[name])
+        for name, one in about.items()
+    }
+
+
+def with_spectrum(
+    found: Mapping[str, LayerCurvature],
     model: Any,
     rows: Rows,
     layers: Sequence[Tracked],
     settings: FitSettings,
-    found: Mapping[str, LayerCurvature],
-    scorer: Scorer,
+    *,
+    scorer: Scorer | None = None,
 ) -> tuple[dict[str, LayerCurvature], Counts]:
     """Measure eigenvalues in a pass of its own, with labels of its own."""
+    model = whole(model)
     sums, source = SpectrumSums.for_layers(layers, found), settings.labels(1)
     stream = counted(batches(model, rows), sums)
+    scorer = scorer or Scorer.for_model(model)
     backward_passes(model, layers, stream, source, sums.hear, scorer=scorer)
     sums = sums.over_ranks(Ranks.of(model))
     counts = _checked(sums.counts, layers)
     labels = counts.labels * source.number
     return {
-        name: replace(found[name], eigenvalues=total / labels)
+        name: replace(found[name], eigenvalues=total.div_(labels))
         for name, total in sums.totals.items()
     }, counts
-
-
-def _with_bases(layers: Mapping[str, LayerCurvature], ranks: Ranks) -> dict[str, LayerCurvature]:
-    """Give every layer the eigenvectors of its factors, which are then no longer needed."""
-    inputs = {one.group: one.inputs for one in layers.values() if one.inputs}
-    outputs = {name: one.outputs for name, one in layers.items() if one.outputs}
-    right = sharing.bases(inputs, eigenvectors, ranks)
-    left = sharing.bases(outputs, eigenvectors, ranks)
-    return {
-        name: LayerCurvature(
-            one.group, input_basis=right[one.group], output_basis=left[name], trace=one.trace
-        )
-        for name, one in layers.items()
-    }
 
 
 def _checked(counts: Counts, layers: Sequence[Tracked]) -> Counts:
@@ -179,15 +189,16 @@ def too_few(labels: int, widest: int) -> str | None:
     )
 
 
-def _require_finite(name: str, layer: LayerCurvature) -> None:
-    blocks = [one for one in (layer.inputs, layer.outputs) if one is not None]
-    tensors = [part for one in blocks for part in one.parts]
-    tensors += [layer.eigenvalues] if layer.eigenvalues is not None else []
-    if not all(bool(one.isfinite().all()) for one in tensors):
-        raise UserError(
-            f"the curvature of '{name}' is not finite: activations or gradients overflow",
-            "load the model as bfloat16 or float32",
-        )
+def _require_finite(layers: Mapping[str, LayerCurvature]) -> None:
+    for name, layer in layers.items():
+        blocks = [one for one in (layer.inputs, layer.outputs) if one is not None]
+        tensors = [part for one in blocks for part in one.parts]
+        tensors += [layer.eigenvalues] if layer.eigenvalues is not None else []
+        if not all(bool(one.isfinite().all()) for one in tensors):
+            raise UserError(
+                f"the curvature of '{name}' is not finite: activations or gradients overflow",
+                "load the model as bfloat16 or float32",
+            )
 
 
 @dataclass(frozen=True)
@@ -247,7 +258,7 @@ def _summed(
     labels = sums.counts.labels
     if not labels:
         raise UserError("the rows have no labelled token, so there is no gradient", "give others")
-    return Gradient({name: total / labels for name, total in sums.totals.items()}, labels)
+    return Gradient({name: total.div_(labels) for name, total in sums.totals.items()}, labels)
 
 
 def identity_of(

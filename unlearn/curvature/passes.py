@@ -18,11 +18,13 @@ from unlearn.forward import read_head
 from unlearn.head import VocabularyHead, plain
 from unlearn.ranks import Ranks, whole
 from unlearn.scores import IGNORE, Scorer, label_mask
-from unlearn.scoring import CPU_TOKENS, evaluation_mode
+from unlearn.scoring import evaluation_mode
 
 Progress = Callable[[int, int], None]
 Cotangents = Callable[[VocabularyHead, Tensor], Tensor]
 """Gives the gradient at the head's input [label, width], for the states there."""
+CPU_TOKENS = 1024
+"""More tokens at once make a CPU no faster, and their activations are held until the way back."""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Which process works out which matrix: the owner computes, the others are given the result."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import TypeVar
 
 from torch import Tensor
@@ -30,18 +30,19 @@ def cube(widths: Sequence[int]) -> float:
     return float(sum(width**3 for width in widths))
 
 
-def bases(factors: Mapping[str, Blocks], work: Callable[[Tensor], Tensor], ranks: Ranks) -> dict[
-    str, Blocks
-]:  # fmt: skip
-    """Give a matrix of the same shape for every block of every factor, each made by its owner."""
-    costs = {name: cube(one.widths) for name, one in factors.items()}
-    dealt = owners(costs, ranks.size)
+def bases(
+    factors: MutableMapping[str, Blocks], work: Callable[[Tensor], Tensor], ranks: Ranks
+) -> dict[str, Blocks]:
+    """Give a matrix of the same shape for every block of every factor, each made by its owner.
+
+    ``factors`` is emptied on the way: each gives its memory back once its matrix is made.
+    """
+    dealt = owners({name: cube(one.widths) for name, one in factors.items()}, ranks.size)
 
     def one(name: str, part: Tensor) -> Tensor:
         mine = dealt[name] == ranks.rank
         return ranks.from_rank(work(part) if mine else part.new_empty(part.shape), dealt[name])
 
     return {
-        name: Blocks(tuple(one(name, part) for part in factor.parts))
-        for name, factor in factors.items()
+        name: Blocks(tuple(one(name, part) for part in factors.pop(name).parts)) for name in dealt
     }

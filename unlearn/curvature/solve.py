@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+import scipy.linalg
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -31,7 +32,7 @@ class Inverse(Protocol):
     """The damped inverse of one layer's block H of the curvature.
 
     ``damping`` is λ. ``solve`` gives (H + λI)⁻¹g, ``product`` Hδ without the damping, ``damped``
-    (H + λI)δ, all as [out, in].
+    (H + λI)δ, all as [out, in]. ``bend`` is the number δᵀHδ.
     """
 
     @property
@@ -39,6 +40,7 @@ class Inverse(Protocol):
     def solve(self, grad: Weight) -> Weight: ...
     def product(self, change: Weight) -> Weight: ...
     def damped(self, change: Weight) -> Weight: ...
+    def bend(self, change: Weight) -> float: ...
 
 
 def inverse(layer: LayerCurvature, damping: Damping) -> Inverse:
@@ -56,7 +58,9 @@ def inverse(layer: LayerCurvature, damping: Damping) -> Inverse:
     if layer.outputs is None:
         amount = damping.amount(mean_eigenvalue(layer.inputs, damping.trim))
         return KroneckerInverse.of(layer.inputs, None, amount, 0.0, amount)
-    outputs = layer.outputs.mapped(lambda part: part * trace_correction(layer))
+    outputs, correction = layer.outputs, trace_correction(layer)
+    if correction != 1.0:
+        outputs = outputs.mapped(lambda part: part * correction)
     mean_in, mean_out = (mean_eigenvalue(one, damping.trim) for one in (layer.inputs, outputs))
     amount = damping.amount(mean_in * mean_out)
     if damping.kind == "factored":
@@ -118,6 +122,9 @@ class Nothing:
     def damped(self, change: Weight) -> Weight:
         return torch.zeros_like(change)
 
+    def bend(self, change: Weight) -> float:
+        return 0.0
+
 
 @dataclass(frozen=True)
 class EigenInverse:
@@ -136,6 +143,12 @@ class EigenInverse:
 
     def damped(self, change: Weight) -> Weight:
         return self._scaled(change, lambda values: values * (self.eigenvalues + self.damping))
+
+    def bend(self, change: Weight) -> float:
+        """Σ Λ(Qᵀδ)²: half of the products that Hδ takes."""
+        if self.output_basis is not None and self.input_basis is not None:
+            change = both_sides(change, self.output_basis, self.input_basis)
+        return float((self.eigenvalues * change.square()).sum(dtype=torch.float64))
 
     def _scaled(self, weight: Weight, scale: Callable[[Tensor], Tensor]) -> Weight:
         if self.output_basis is None or self.input_basis is None:
@@ -173,12 +186,20 @@ def eigenvectors(part: Float[Tensor, "size size"]) -> Float[Tensor, "size size"]
     In fp32 the solvers of CUDA fail on large matrices of low rank. Where fp64 fails too, the CPU
     is asked.
     """
-    double = part.double()
+    if part.device.type == "cpu":
+        return _eigenvectors_on_cpu(part)
     try:
-        found = torch.linalg.eigh(double)[1]
+        return torch.linalg.eigh(part.double())[1].to(part)
     except LinAlgError:
-        found = torch.linalg.eigh(double.cpu())[1]
-    return found.to(part)
+        return _eigenvectors_on_cpu(part).to(part)
+
+
+def _eigenvectors_on_cpu(part: Tensor) -> Tensor:
+    """Ask SciPy's LAPACK: up to 1.6 times as fast as torch's on AMD, and in one matrix less."""
+    double = part.to("cpu", torch.float64, copy=True).numpy()
+    # transposed it is in Fortran's order, and is overwritten where it lies
+    _, found = scipy.linalg.eigh(double.T, driver="evd", overwrite_a=True, check_finite=False)
+    return torch.from_numpy(found).to(part.dtype).contiguous()
 
 
 @dataclass(frozen=True)
@@ -220,6 +241,9 @@ class KroneckerInverse:
     def damped(self, change: Weight) -> Weight:
         return _sides(change, self.damped_outputs, self.damped_inputs)
 
+    def bend(self, change: Weight) -> float:
+        return float((change * self.product(change)).sum(dtype=torch.float64))
+
     def _once(self, grad: Weight) -> Weight:
         right, left = self.roots
         found = _solved(right, grad.t()).t()
@@ -251,7 +275,8 @@ def positive(factor: Blocks, added: float) -> tuple[Blocks, Blocks]:
 def _positive_part(part: Tensor, added: float) -> tuple[Tensor, Tensor]:
     floor = float(part.diagonal().double().mean()) * torch.finfo(part.dtype).eps
     for raised in range(RAISES + 1):
-        damped = part + torch.eye(len(part)).to(part) * max(added, floor * raised) * 10**raised
+        damped = part.clone()
+        damped.diagonal().add_(max(added, floor * raised) * 10**raised)
         root, failed = torch.linalg.cholesky_ex(damped)
         if not failed:
             if raised:

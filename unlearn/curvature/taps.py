@@ -15,6 +15,7 @@ from torch.nn.functional import linear
 
 from unlearn.curvature.layers import Tracked
 from unlearn.forward import replaced
+from unlearn.thinning import is_recomputed
 
 Heard = Callable[[Tracked, Tensor, Tensor], None]
 """Told (layer, input [..., in], gradient at the output [..., out]) in the backward pass."""
@@ -23,31 +24,32 @@ Heard = Callable[[Tracked, Tensor, Tensor], None]
 class _Tapped(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None, heard: Any
+        ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None, anchor: Tensor, heard: Any
     ) -> Tensor:
         ctx.save_for_backward(inputs, weight)
         ctx.heard = heard
         return linear(inputs, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None, None]:
         inputs, weight = ctx.saved_tensors
         ctx.heard(inputs, grad)
-        return grad @ weight if ctx.needs_input_grad[0] else None, None, None, None
+        return grad @ weight if ctx.needs_input_grad[0] else None, None, None, None, None
 
 
 @contextmanager
 def tapped(model: Any, layers: Sequence[Tracked], heard: Heard) -> Iterator[None]:
     """Let ``heard`` be told of every tracked layer in the backward passes inside the block.
 
-    Inside it, no weight takes a gradient; the embedded tokens do, so that layers compute theirs.
+    Inside it, no weight takes a gradient, and a backward pass ends at the lowest of the layers.
     Dropout is off. Layers that the model computes again in the backward pass stay so.
     """
+    anchor = torch.zeros((), requires_grad=True)
     with ExitStack() as stack:
         stack.enter_context(_without_weight_gradients(model))
         stack.enter_context(_dropout_off(model))
         for layer in layers:
-            stack.enter_context(replaced(layer.module, _forward(layer, heard)))
+            stack.enter_context(replaced(layer.module, _forward(layer, heard, anchor)))
         yield
 
 
@@ -66,12 +68,14 @@ def tapped_inputs(
         yield
 
 
-def _forward(layer: Tracked, heard: Heard) -> Callable[[Tensor], Tensor]:
+def _forward(layer: Tracked, heard: Heard, anchor: Tensor) -> Callable[[Tensor], Tensor]:
+    """Give the tapped forward pass; for the sake of ``anchor`` its output takes a gradient."""
+
     def hear(inputs: Tensor, grad: Tensor) -> None:
         heard(layer, inputs, grad)
 
     def forward(inputs: Tensor) -> Tensor:
-        out: Tensor = _Tapped.apply(inputs, layer.weight, layer.module.bias, hear)
+        out: Tensor = _Tapped.apply(inputs, layer.weight, layer.module.bias, anchor, hear)
         return out
 
     return forward
@@ -79,15 +83,24 @@ def _forward(layer: Tracked, heard: Heard) -> Callable[[Tensor], Tensor]:
 
 @contextmanager
 def _without_weight_gradients(model: Any) -> Iterator[None]:
+    """Let no weight take a gradient; where layers are recomputed the embedded tokens take one.
+
+    (The reentrant way of it passes a gradient on only when its inputs take one.)
+    """
     trained = [one for one in model.parameters() if one.requires_grad]
-    embedding: nn.Module = model.get_input_embeddings()
-    handle = embedding.register_forward_hook(lambda module, inputs, out: out.requires_grad_())
+    handles = []
+    if is_recomputed(model):
+        embedding: nn.Module = model.get_input_embeddings()
+        handles = [
+            embedding.register_forward_hook(lambda module, inputs, out: out.requires_grad_())
+        ]
     for one in trained:
         one.requires_grad_(False)
     try:
         yield
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
         for one in trained:
             one.requires_grad_(True)
 
