@@ -5,6 +5,7 @@ from typing import Any
 
 from unlearn.curvature.factors import accumulated
 from unlearn.curvature.layers import named_layers
+from unlearn.curvature.passes import CPU_TOKENS
 from unlearn.curvature.steps import EVALUATIONS
 from unlearn.edits import EDITS
 from unlearn.edits.update import update_shapes
@@ -14,7 +15,6 @@ from unlearn.recipes.footprint import Footprint
 from unlearn.recipes.inputs import update_of
 from unlearn.recipes.memory import Part
 from unlearn.recipes.prepare import Prepared
-from unlearn.scoring import CPU_TOKENS
 
 SOLVING = 3
 """Copies of the factors of one layer while they are inverted: damped, factorised, working space."""

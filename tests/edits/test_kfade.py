@@ -135,11 +135,10 @@ def test_every_kind_of_curvature_forgets(edit, kind):
 def test_an_interrupted_edit_goes_on_after_its_last_step(memorised, tmp_path, refit):
     """Stopped while step 3 is told of: two steps are kept, and the weights are those of one go."""
     how = {"forget_nll": 3.0, "steps": 3, "layers": "all-linear", "refit": refit}
-    whole = kfade(copy.deepcopy(memorised), DATA, **how)
-    seen = []
+    told = []
+    whole = kfade(copy.deepcopy(memorised), DATA, told.append, **how)
 
     def stop(event):
-        seen.append(event.get("step"))
         if event["event"] == "step" and event["step"] == 3:
             raise KeyboardInterrupt
 
@@ -148,7 +147,10 @@ def test_an_interrupted_edit_goes_on_after_its_last_step(memorised, tmp_path, re
         kfade(copy.deepcopy(memorised), DATA, stop, keep=keep, **how)
     again = []
     model = kfade(copy.deepcopy(memorised), DATA, again.append, keep=keep, **how)
-    assert [event["step"] for event in again if event["event"] == "step"] == [3]
+    (last,) = [event for event in again if event["event"] == "step"]
+    expected = [event for event in told if event["event"] == "step"][2]
+    measured = ("step", "alpha", "forget/nll", "retain/kl", "correction", "corrected_kl")
+    assert [last[name] for name in measured] == [expected[name] for name in measured]
     for ours, theirs in zip(model.parameters(), whole.parameters(), strict=True):
         assert torch.equal(ours, theirs)
     other = []

@@ -12,7 +12,7 @@ from unlearn.recipes.curvature import fit
 from unlearn.recipes.run import run
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*loss tokens for factors")
-GOAL = ("edit.forget_nll=8.0", "edit.retain_kl=5.0", "edit.steps=2")
+GOAL = ("edit.forget_nll=8.0", "edit.retain_kl=5.0", "edit.steps=2", "edit.refit=false")
 HOW = ("edit.held_out=2", "edit.retain_tokens=30", "edit.layers=all-linear", "seed=3")
 
 

@@ -156,10 +156,9 @@ class Weights:
         """Write the weights, with a trial step on top where one is given."""
         for layer in self.layers:
             start, total = self.start[layer.name], self.total[layer.name]
-            moved = start.to(total) + total
-            if step is not None:
-                moved += alpha * step.weights[layer.name]
-            layer.weight.copy_(moved)
+            if step is not None:  # as take() will: what is measured is what is kept
+                total = total + alpha * step.weights[layer.name]
+            layer.weight.copy_(start.to(total) + total)
 
     def changes(self) -> dict[str, Tensor]:
         """Give what has been added so far, by name of the weight and laid out as it is."""
