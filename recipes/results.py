@@ -34,7 +34,7 @@ def put_together(
         },
         "details": {name: result["metrics"] for name, result in found.items()},
         "examples": side_by_side(found),
-        "training": training | totals(folder) | {"curve": curve(folder)},
+        "training": training | totals(folder) | course(folder, edit="edit" in training),
         "steps": steps(folder),
         "truth_ratios": {name: forget_ratios(result["records"]) for name, result in found.items()},
         "leakage": {name: leakage(result["records"]) for name, result in found.items()},
@@ -49,6 +49,22 @@ def put_together(
 def stored_results(folder: RunFolder) -> dict[str, Any]:
     """Read the results of a complete run; its paths lead there from where we are now."""
     return dict(json.loads(folder.results.read_text(encoding="utf-8"))) | _places(folder)
+
+
+def course(folder: RunFolder, *, edit: bool) -> dict[str, Any]:
+    """Give the curve, and for an edit, whose steps are few and long, the seconds of each step."""
+    found = {"curve": curve(folder)}
+    return found | {"step_seconds": step_seconds(folder)} if edit else found
+
+
+def step_seconds(folder: RunFolder) -> list[float]:
+    """Give how long each step of the curve took; the first of a session with what came before."""
+    took, before = {}, 0.0
+    for event in folder.events("step"):
+        since = before if event["seconds"] >= before else 0.0
+        took[event["step"]] = round(event["seconds"] - since, 3)
+        before = event["seconds"]
+    return [took[step] for step in sorted(took)]
 
 
 def curve(folder: RunFolder) -> list[dict[str, Any]]:
