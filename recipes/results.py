@@ -52,18 +52,25 @@ def stored_results(folder: RunFolder) -> dict[str, Any]:
 
 
 def course(folder: RunFolder, *, edit: bool) -> dict[str, Any]:
-    """Give the curve, and for an edit, whose steps are few and long, the seconds of each step."""
-    found = {"curve": curve(folder)}
-    return found | {"step_seconds": step_seconds(folder)} if edit else found
+    """Give the curve; for an edit, whose steps are few and long, also how many and how long."""
+    found = curve(folder)
+    if not edit:
+        return {"curve": found}
+    return {"curve": found, "steps": len(found), "step_seconds": step_seconds(folder)}
 
 
 def step_seconds(folder: RunFolder) -> list[float]:
-    """Give how long each step of the curve took; the first of a session with what came before."""
-    took, before = {}, 0.0
+    """Give how long each step of an edit took, the first of a session with what came before it.
+
+    A step that was done again counts as the last time.
+    """
+    starts = [event["time"] for event in folder.events("stage") if event["stage"] == "edit"]
+    took, session, before = {}, 0, 0.0
     for event in folder.events("step"):
-        since = before if event["seconds"] >= before else 0.0
+        now = sum(start <= event["time"] for start in starts)
+        since = before if now == session else 0.0
         took[event["step"]] = round(event["seconds"] - since, 3)
-        before = event["seconds"]
+        session, before = now, event["seconds"]
     return [took[step] for step in sorted(took)]
 
 

@@ -1,10 +1,9 @@
-"""The way of an edit: forget loss against the KL on retain rows, measured and predicted."""
+"""The way of an edit: forget loss against the KL on retain rows, and what was predicted of it."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from matplotlib.axes import Axes
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from unlearn.evals.report.edit_steps import EditStep
 from unlearn.evals.report.labels import label_points
@@ -12,138 +11,166 @@ from unlearn.evals.report.plots import FAINT, LINES, PAPER, Plot, drawing, tidy,
 from unlearn.evals.report.tradeoff import Point, mark
 
 WIDE = 20.0
-"""From this ratio of the largest to the smallest KL on, the scale is logarithmic."""
-DEPTH = 1e-6
-"""A logarithmic scale ends at this share of its top: what is less lies on its lower edge."""
-NEAR = {False: 2.5, True: 30.0}
-"""How many times the largest KL a budget may be for its line to be drawn: linear, logarithmic."""
-
-
-@dataclass(frozen=True)
-class Scale:
-    """The vertical scale of a picture, and the budget where its line lies within."""
-
-    low: float
-    high: float
-    log: bool
-    budget: float | None
-
-    def height(self, kl: float) -> float:
-        """Give where a KL is drawn: 0 has no place on a logarithmic scale but its lower edge."""
-        return max(kl, self.low) if self.log else kl
-
-
-def scale_of(values: Sequence[float], budget: float | None = None) -> Scale:
-    """Choose a scale that shows all positive values, logarithmic where they are far apart."""
-    positive = [value for value in values if value > 0] or [1.0]
-    low, high = min(positive), max(positive)
-    log = high / low >= WIDE
-    drawn = budget if budget and budget <= NEAR[log] * high else None
-    high = max(high, drawn or 0.0)
-    if log:
-        return Scale(max(low / 2.5, DEPTH * high), 2.0 * high, log, drawn)
-    return Scale(min(0.0, *values), 1.15 * high, log, drawn)
-
-
-def scale_for(steps: Sequence[EditStep], tried: Sequence[Point] = ()) -> Scale:
-    """Choose the scale for everything that is drawn."""
-    values = [kl for one in steps for kl in (one.kl, one.kl_from, one.expected_kl or 0.0)]
-    return scale_of([*values, *(one.y for one in tried)], steps[-1].budget)
+"""From this ratio of the largest to the smallest KL of a step on, its scale is logarithmic."""
+NEAR = 3.0
+"""A budget, or a trial, further away than this many times what was reached is not drawn."""
+MEASURED, PREDICTED = LINES[0], LINES[1]
+SIZE = 26
 
 
 def draw_edit_path(steps: Sequence[EditStep], tried: Sequence[Point] = ()) -> Plot | None:
-    """Draw the path from step to step; None when there is no step.
+    """Draw the path, and under it the KL of each step, measured and predicted.
 
-    The KL that was predicted for a step stands at its measured loss: a predicted gain can lie far
-    outside of the picture where the forget set was memorised. ``tried``: other scales of a step.
+    ``tried``: where other scales of the step led. None when there is no step.
     """
     if not steps:
         return None
-    scale = scale_for(steps, tried)
-    with drawing(3.7) as figure:
-        axes = figure.subplots()
-        if scale.log:
-            axes.set_yscale("log")
-            axes.yaxis.set_minor_formatter(NullFormatter())
-        axes.set_ylim(scale.low, scale.high)
-        for one in tried:
-            axes.plot(one.x, scale.height(one.y), "o", color=FAINT, markersize=3.5)
-        places = _draw_steps(axes, steps, scale)
-        axes.margins(x=0.08)
-        _draw_budget(axes, steps[-1].budget, scale)
-        axes.set_xlabel("forget loss, nats per token")
-        axes.set_ylabel("KL on retain rows, nats per token")
-        tidy(axes)
-        label_points(figure, axes, places, places)
+    compared = [one for one in steps if one.predicted_kl is not None]
+    with drawing(5.4 if compared else 3.4) as figure:
+        ratios = [1.6, 1.0] if compared else [1.0]
+        panels = figure.subplots(len(ratios), 1, squeeze=False, height_ratios=ratios)[:, 0]
+        figure.set_layout_engine("constrained", hspace=0.09)
+        if compared:
+            _draw_compared(panels[1], compared)
+        places = _draw_path(panels[0], steps, near(steps, tried))
+        label_points(figure, panels[0], places, _along(steps))
         return to_plot(figure, "edit-path", "Forget loss and KL on retain rows by step")
 
 
-def _draw_steps(axes: Axes, steps: Sequence[EditStep], scale: Scale) -> list[Point]:
-    """Draw start, steps, corrections and predictions; give the points that are to be labelled."""
-    colour, other = LINES[0], LINES[1]
+def budget_drawn(steps: Sequence[EditStep]) -> bool:
+    """Tell whether the line of the budget lies near enough to be drawn."""
+    budget = steps[-1].budget
+    return budget is not None and budget <= NEAR * max(one.kl for one in steps)
+
+
+def near(steps: Sequence[EditStep], tried: Sequence[Point]) -> list[Point]:
+    """Leave out trials that went so far that the path would no longer be seen beside them."""
+    begin = steps[0].nll if steps[0].nll_from is None else steps[0].nll_from
+    wide = max(abs(one.nll - begin) for one in steps)
+    high = max(one.kl for one in steps)
+    return [one for one in tried if abs(one.x - begin) <= NEAR * wide and one.y <= NEAR * high]
+
+
+def _draw_path(axes: Axes, steps: Sequence[EditStep], tried: Sequence[Point]) -> list[Point]:
+    """Draw start, steps, corrections and budget; give the points that are to be labelled."""
+    axes.set_title("After each step", loc="left", fontsize=10, fontweight="bold")
+    axes.set_xlabel("forget loss, nats per token")
+    axes.set_ylabel("KL on retain rows")
+    tidy(axes)
+    axes.plot([one.x for one in tried], [one.y for one in tried], "o", color=FAINT, markersize=3.5)
     places = []
-    before: EditStep | None = None
-    for one in steps:
-        top = scale.height(one.kl)
+    for before, one in zip([None, *steps], steps, strict=False):
         if one.nll_from is not None:
-            begun = one.nll_from, scale.height(one.kl_from)
-            axes.plot(*zip(begun, (one.nll, top), strict=True), color=colour, linewidth=1.4)
+            _line(axes, (one.nll_from, one.kl_from), (one.nll, one.kl))
             if before is None:
-                mark(axes, start := Point(*begun, "start"), fill=PAPER, edge=colour)
-                places.append(start)
+                places.append(Point(one.nll_from, one.kl_from, "start"))
+                mark(axes, places[0], fill=PAPER, edge=MEASURED)
             elif one.taken_back:
-                left = before.nll, scale.height(before.kl)
-                axes.plot(
-                    *zip(left, begun, strict=True), color=colour, linewidth=1.2, ls=(0, (2, 1.5))
-                )
-        if one.expected_kl is not None:
-            expected = scale.height(one.expected_kl)
-            axes.plot((one.nll, one.nll), (expected, top), color=other, linewidth=1.1, ls=":")
-            mark(axes, Point(one.nll, expected), fill=PAPER, edge=other, marker="D", size=26)
-        mark(axes, place := Point(one.nll, top, str(one.step)), fill=colour, edge=colour, size=26)
-        places.append(place)
-        before = one
+                _line(axes, (before.nll, before.kl), (one.nll_from, one.kl_from), dashed=True)
+        places.append(Point(one.nll, one.kl, str(one.step)))
+        mark(axes, places[-1], fill=MEASURED, edge=MEASURED, size=SIZE)
+    axes.margins(x=0.08, y=0.16)
+    axes.set_ylim(bottom=min(0.0, *(one.y for one in places)))
+    _draw_budget(axes, steps)
     return places
 
 
-def _draw_budget(axes: Axes, budget: float | None, scale: Scale) -> None:
+def _along(steps: Sequence[EditStep]) -> list[Point]:
+    """Give points on the lines that are drawn, for labels to keep away from."""
+    return [
+        Point(one.nll_from + part * (one.nll - one.nll_from), one.kl_from + part * one.spent)
+        for one in steps
+        if one.nll_from is not None
+        for part in (0.08, 0.2, 0.4, 0.6, 0.8, 0.92)
+    ]
+
+
+def _line(
+    axes: Axes, begin: tuple[float, float], end: tuple[float, float], *, dashed: bool = False
+) -> None:
+    style = (0, (2, 1.5)) if dashed else "-"
+    axes.plot(*zip(begin, end, strict=True), color=MEASURED, linewidth=1.4, linestyle=style)
+
+
+def _draw_budget(axes: Axes, steps: Sequence[EditStep]) -> None:
     """Draw the budget across, or say that it lies above what is drawn."""
-    if not budget:
+    budget = steps[-1].budget
+    if budget is None:
         return
-    text, height = f"budget {budget:g}", scale.high
-    if scale.budget:
-        height = scale.budget
-        axes.axhline(height, color=FAINT, linewidth=1.2, linestyle=(0, (6, 3)))
-    else:
-        text = f"↑ {text}, above this picture"
+    drawn = budget_drawn(steps)
+    if drawn:
+        axes.set_ylim(top=max(axes.get_ylim()[1], 1.1 * budget))
+        axes.axhline(budget, color=FAINT, linewidth=1.2, linestyle=(0, (6, 3)))
     axes.annotate(
-        text, xy=(0.01, height), xycoords=("axes fraction", "data"), xytext=(0, -3),
-        textcoords="offset points", va="top",
-    )  # fmt: skip
+        f"budget {budget:g}" if drawn else f"↑ budget {budget:g}, above this picture",
+        xy=(0.012, budget if drawn else axes.get_ylim()[1]),
+        xycoords=("axes fraction", "data"),
+        xytext=(0, -3),
+        textcoords="offset points",
+        va="top",
+    )
+
+
+def _draw_compared(axes: Axes, steps: Sequence[EditStep]) -> None:
+    """Draw the KL of every step by itself: measured, and as the curvature predicted it."""
+    axes.set_title("KL of each step alone", loc="left", fontsize=10, fontweight="bold")
+    axes.set_xlabel("step")
+    axes.set_ylabel("KL on retain rows")
+    tidy(axes)
+    pairs = [(one.step, one.spent, one.predicted_kl or 0.0) for one in steps]
+    values = [value for _, *pair in pairs for value in pair if value > 0]
+    log = bool(values) and max(values) / min(values) >= WIDE
+    if log:
+        _make_log(axes, min(values), max(values))
+    for step, spent, predicted in pairs:
+        axes.plot((step, step), (predicted, spent), color=PREDICTED, linewidth=1.1, linestyle=":")
+        for value, fill, edge, marker in (
+            (spent, MEASURED, MEASURED, "o"),
+            (predicted, PAPER, PREDICTED, "D"),
+        ):
+            if value > 0 or not log:  # a step that lowered the KL has no place on such a scale
+                mark(axes, Point(step, value), fill=fill, edge=edge, marker=marker, size=SIZE)
+    for name, value in zip(("measured", "predicted"), pairs[0][1:], strict=True):
+        if value > 0 or not log:
+            axes.annotate(
+                name, (pairs[0][0], value), (8, 0), textcoords="offset points", va="center"
+            )
+    axes.set_xlim(steps[0].step - 0.5, steps[-1].step + 0.5)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=12))
+    axes.grid(visible=False, axis="x")
+
+
+def _make_log(axes: Axes, low: float, high: float) -> None:
+    axes.set_yscale("log")
+    axes.set_ylim(low / 3, 3 * high)
+    axes.yaxis.set_major_locator(LogLocator(numticks=5))
+    axes.yaxis.set_major_formatter(
+        FuncFormatter(lambda value, _: f"{value:g}".replace("e-0", "e-"))
+    )
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def caption(
     steps: Sequence[EditStep], tried: Sequence[Point] = (), *, held_out: bool = True
 ) -> str:
-    """Say what the picture shows: what was measured and what predicted, and on which rows."""
-    scale = scale_for(steps, tried)
+    """Say what the picture shows: what was measured, what was predicted, and on which rows."""
     rows = "retain rows that the curvature was not fitted to" if held_out else "the retain rows"
     text = (
-        "Filled points: measured after each step, the mean loss of the forget rows and "
-        f"KL(model before the edit ‖ after) on {rows}."
+        "Filled points are measured: the mean loss of the forget rows, and KL(model before the "
+        f"edit ‖ after) on {rows}."
     )
     if steps[0].nll_from is not None:
-        text += " Hollow circle: the start, whose KL is 0"
-        text += "; a logarithmic scale has it on its lower edge." if scale.log else "."
-    if any(one.taken_back is not None for one in steps):
+        text += " Hollow circle: the start."
+    if any(one.taken_back for one in steps):
         text += " Dashed: the correction before a step, which takes KL back."
+    if near(steps, tried):
+        text += " Small points: scales that were tried and not taken."
+    if budget_drawn(steps):
+        text += " Line across: the budget."
     if any(one.predicted_kl is not None for one in steps):
         text += (
-            " Diamonds: the KL as it would be had the step raised it by what the fitted curvature "
-            "predicted; the dotted line from there to the point is what the prediction missed."
+            " Diamonds are predicted, by the curvature of the rows it was fitted to: how much the "
+            "step would raise the KL; the point above or below is how much it did."
         )
-    if tried:
-        text += " Small points: scales that were tried and not taken."
-    if scale.budget:
-        text += " Line across: the budget."
     return text

@@ -42,11 +42,6 @@ class EditStep:
         """Measured rise of the KL."""
         return self.kl - self.kl_from
 
-    @property
-    def expected_kl(self) -> float | None:
-        """KL after the step, had it risen as predicted."""
-        return None if self.predicted_kl is None else self.kl_from + self.predicted_kl
-
     def share(self, kl: float) -> float | None:
         """Give a KL as a share of the budget."""
         return kl / self.budget if self.budget else None
@@ -65,6 +60,8 @@ def three(value: float | None) -> str:
     """Write a number with three significant digits; a dash for none."""
     if value is None:
         return NONE
+    if 0 < abs(value) < 0.001:
+        return f"{value:.2e}".replace("e-0", "e-")
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:#.3g}".rstrip(".")
 
 
@@ -79,16 +76,16 @@ def _way(one: EditStep) -> str:
 COLUMNS = (
     Column("", "Step", lambda one: str(one.step)),
     Column("Forget loss", "from → to", _way),
-    Column("Forget loss", "gain predicted", lambda one: three(one.predicted_gain)),
-    Column("Forget loss", "gain measured", lambda one: three(one.gain)),
+    Column("Gain", "predicted", lambda one: three(one.predicted_gain)),
+    Column("Gain", "measured", lambda one: three(one.gain)),
     Column("Retain KL", "taken back", lambda one: three(one.taken_back)),
     Column("Retain KL", "predicted", lambda one: three(one.predicted_kl)),
     Column("Retain KL", "spent", lambda one: three(one.spent)),
-    Column("Retain KL", "after the step", lambda one: three(one.kl)),
-    Column("KL budget", "this step", lambda one: _percent(one.share(one.spent))),
-    Column("KL budget", "in all", lambda one: _percent(one.share(one.kl))),
+    Column("Retain KL", "after", lambda one: three(one.kl)),
+    Column("Of the budget", "step", lambda one: _percent(one.share(one.spent))),
+    Column("Of the budget", "all", lambda one: _percent(one.share(one.kl))),
     Column("Search", "α", lambda one: three(one.alpha)),
-    Column("Search", "λ, median", lambda one: three(one.damping)),
+    Column("Search", "λ", lambda one: three(one.damping)),
     Column("Search", "trials", lambda one: NONE if one.trials is None else str(one.trials)),
     Column("Search", "seconds", lambda one: NONE if one.seconds is None else f"{one.seconds:.1f}"),
 )
@@ -99,7 +96,8 @@ def edit_steps(training: Mapping[str, Any]) -> list[EditStep]:
     start = training.get("start") or {}
     nll, kl = finite(start.get("forget/nll")), finite(start.get("retain/kl")) or 0.0
     curve = training.get("curve") or []
-    seconds = training.get("step_seconds") or [None] * len(curve)
+    known = training.get("step_seconds") or []
+    seconds = known if len(known) == len(curve) else [None] * len(curve)
     found = []
     for entry, took in zip(curve, seconds, strict=True):
         one = _step(entry, nll, kl, finite(took))
@@ -143,13 +141,17 @@ def describe_edit(training: Mapping[str, Any]) -> dict[str, Any] | None:
         return None
     steps = edit_steps(training)
     columns = [one for one in COLUMNS if any(one.text(step) != NONE for step in steps)]
+    firsts = {one.group: one for one in reversed(columns)}
     return {
         "name": str(training["edit"]),
         "steps": [
             asdict(one) | {"gain": one.gain, "spent": one.spent, "budget_share": one.share(one.kl)}
             for one in steps
         ],
-        "columns": [{"group": one.group, "title": one.title} for one in columns],
+        "columns": [
+            {"group": one.group, "title": one.title, "begins": one is firsts[one.group]}
+            for one in columns
+        ],
         "groups": _groups(columns),
         "rows": [[one.text(step) for one in columns] for step in steps],
         "note": _note(steps) if steps else "",
@@ -158,6 +160,7 @@ def describe_edit(training: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _groups(columns: Sequence[Column]) -> list[dict[str, Any]]:
+    """Give the headings above the headings, and how many columns each is above."""
     widths: dict[str, int] = {}
     for one in columns:
         widths[one.group] = widths.get(one.group, 0) + 1
