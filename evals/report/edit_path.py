@@ -16,6 +16,10 @@ NEAR = 3.0
 """A budget, or a trial, further away than this many times what was reached is not drawn."""
 MEASURED, PREDICTED = LINES[0], LINES[1]
 SIZE = 26
+HELD_OUT = "held-out retain rows, which the curvature was not fitted to"
+UNFITTED = "the retain rows, as nothing is fitted to them"
+FITTED = "the retain rows, which the curvature was fitted to: they were too few to hold any out"
+"""Rows on which the KL is measured."""
 
 
 def draw_edit_path(steps: Sequence[EditStep], tried: Sequence[Point] = ()) -> Plot | None:
@@ -53,7 +57,8 @@ def near(steps: Sequence[EditStep], tried: Sequence[Point]) -> list[Point]:
 
 def _draw_path(axes: Axes, steps: Sequence[EditStep], tried: Sequence[Point]) -> list[Point]:
     """Draw start, steps, corrections and budget; give the points that are to be labelled."""
-    axes.set_title("After each step", loc="left", fontsize=10, fontweight="bold")
+    title = "Scales of the update" if tried else "After each step"
+    axes.set_title(title, loc="left", fontsize=10, fontweight="bold")
     axes.set_xlabel("forget loss, nats per token")
     axes.set_ylabel("KL on retain rows")
     tidy(axes)
@@ -67,12 +72,13 @@ def _draw_path(axes: Axes, steps: Sequence[EditStep], tried: Sequence[Point]) ->
                 mark(axes, places[0], fill=PAPER, edge=MEASURED)
             elif one.taken_back:
                 _line(axes, (before.nll, before.kl), (one.nll_from, one.kl_from), dashed=True)
-        places.append(Point(one.nll, one.kl, str(one.step)))
+        label = f"{one.alpha:.3g}, taken" if tried and one.alpha is not None else str(one.step)
+        places.append(Point(one.nll, one.kl, label))
         mark(axes, places[-1], fill=MEASURED, edge=MEASURED, size=SIZE)
     axes.margins(x=0.08, y=0.16)
     axes.set_ylim(bottom=min(0.0, *(one.y for one in places)))
     _draw_budget(axes, steps)
-    return places
+    return [*places, *tried]
 
 
 def _along(steps: Sequence[EditStep]) -> list[Point]:
@@ -151,14 +157,11 @@ def _make_log(axes: Axes, low: float, high: float) -> None:
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def caption(
-    steps: Sequence[EditStep], tried: Sequence[Point] = (), *, held_out: bool = True
-) -> str:
+def caption(steps: Sequence[EditStep], tried: Sequence[Point] = (), rows: str = HELD_OUT) -> str:
     """Say what the picture shows: what was measured, what was predicted, and on which rows."""
-    rows = "retain rows that the curvature was not fitted to" if held_out else "the retain rows"
     text = (
         "Filled points are measured: the mean loss of the forget rows, and KL(model before the "
-        f"edit ‖ after) on {rows}."
+        f"edit ‖ after) on {rows}; in nats per token."
     )
     if steps[0].nll_from is not None:
         text += " Hollow circle: the start."

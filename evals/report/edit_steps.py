@@ -183,7 +183,7 @@ def _trials(training: Mapping[str, Any]) -> list[dict[str, Any]]:
 def tried_scales(training: Mapping[str, Any]) -> list[Point]:
     """Give where the scales led that were tried and not taken."""
     return [
-        Point(one["forget/nll"], one["retain/kl"])
+        Point(one["forget/nll"], one["retain/kl"], f"{one['scale']:.3g}")
         for one in training.get("trials") or []
         if one["scale"] != training.get("scale")
         and finite(one.get("forget/nll")) is not None
@@ -197,8 +197,8 @@ def _note(steps: Sequence[EditStep]) -> str:
     text = "Losses and KL in nats per token. "
     if last.predicted_kl is not None or last.predicted_gain is not None:
         text += (
-            "Predicted: from the gradient (gain, first order) and the fitted curvature (KL, second "
-            "order), for the rows that these were taken over; all other numbers were measured. "
+            "Predicted: the gain to first order, by the gradient of what the edit raises; the KL "
+            "to second order, by the curvature of the rows it was fitted to. The rest is measured. "
         )
     text += "Spent: how much this step has raised the KL. "
     if any(one.taken_back is not None for one in steps):

@@ -11,7 +11,13 @@ from typing import Any
 
 from unlearn.evals.report.curve import draw_curve
 from unlearn.evals.report.ecdf import Distance, distances, draw_ecdf, usable_ratios
-from unlearn.evals.report.edit_path import caption, draw_edit_path
+from unlearn.evals.report.edit_path import (
+    FITTED,
+    HELD_OUT,
+    UNFITTED,
+    caption,
+    draw_edit_path,
+)
 from unlearn.evals.report.edit_steps import describe_edit, edit_steps, tried_scales
 from unlearn.evals.report.evidence import evidence, leakage_note, leakage_rows, ratio_note, reading
 from unlearn.evals.report.facts import (
@@ -120,7 +126,7 @@ def describe(results: Mapping[str, Any]) -> dict[str, Any]:
         "selected": selected(results),
         "training": training_line(training),
         "curve": training.get("curve") or [],
-        "edit": _edit(training),
+        "edit": _edit(results),
         "examples": _examples(results.get("examples") or [], titles),
         "limits": limits(rows, leakage=bool(leaked)),
         "reading": reading(rows),
@@ -141,11 +147,14 @@ def draw(results: Mapping[str, Any], run: Mapping[str, Any]) -> dict[str, Plot]:
     return {name: plot for name, plot in found.items() if plot}
 
 
-def _edit(training: Mapping[str, Any]) -> dict[str, Any] | None:
+def _edit(results: Mapping[str, Any]) -> dict[str, Any] | None:
     """Give the steps of an edit, and what their picture shows; None where nothing was edited."""
+    training = results.get("training") or {}
     found, steps, tried = describe_edit(training), edit_steps(training), tried_scales(training)
     if found and steps:
-        found["caption"] = caption(steps, tried, held_out="trials" not in training)
+        few = any("too few retain rows" in str(text) for text in results.get("warnings") or [])
+        rows = UNFITTED if "trials" in training else FITTED if few else HELD_OUT
+        found["caption"] = caption(steps, tried, rows)
     return found
 
 

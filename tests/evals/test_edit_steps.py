@@ -101,6 +101,19 @@ def test_the_scales_of_an_update_are_listed(tmp_path: Path) -> None:
     assert listed[3] == "| 1 | – | 0.100 |  |"
     assert "Small points" in section(page)
     assert "curvature" not in section(page)
+    assert "0.5, taken" in (tmp_path / "edit-path.svg").read_text()
+
+
+def test_the_caption_says_on_which_rows_the_kl_is(tmp_path: Path) -> None:
+    few = "too few retain rows to hold any out: KL is that of fitted rows"
+    for changes, words in (
+        ({"training": KFADE}, "held-out retain rows"),
+        ({"training": KFADE, "warnings": [few]}, "which the curvature was fitted to"),
+        ({"training": REAPPLIED}, "as nothing is fitted"),
+    ):
+        page, text = written(tmp_path, **changes)
+        assert words in section(page)
+        assert words in text
 
 
 @pytest.mark.parametrize("curve", [[], [{"step": 1, "forget/nll": math.nan, "retain/kl": 0.1}]])
@@ -151,7 +164,7 @@ def test_predicted_kl_has_a_panel_of_its_own_on_a_fitting_scale() -> None:
     assert far
     assert close
     assert "predicted" in far.svg
-    assert "1e-6" in far.svg
+    assert "1e-" in far.svg
     assert "e-" not in "".join(Page(close.svg).words)
 
 
@@ -162,8 +175,8 @@ def test_a_step_that_lowers_the_kl_is_drawn_where_the_scale_has_it() -> None:
 
 
 def test_trials_that_went_too_far_are_not_drawn() -> None:
-    assert tried_scales(REAPPLIED) == [Point(1.0, 0.01), Point(40.0, 9.0)]
-    assert near(edit_steps(REAPPLIED), tried_scales(REAPPLIED)) == [Point(1.0, 0.01)]
+    assert tried_scales(REAPPLIED) == [Point(1.0, 0.01, "0.25"), Point(40.0, 9.0, "2")]
+    assert near(edit_steps(REAPPLIED), tried_scales(REAPPLIED)) == [Point(1.0, 0.01, "0.25")]
 
 
 @pytest.mark.parametrize(
