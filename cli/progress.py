@@ -97,6 +97,27 @@ def readings(event: dict[str, Any]) -> dict[str, float]:
     return {key: value for key, value in event.items() if "/" in key}
 
 
+def edit_step(event: dict[str, Any]) -> str:
+    """Say what a step of an edit has come to; empty for a step of training.
+
+    "step 3/4: forget loss 1.49 → 2.23, retain KL 0.224 (+0.140), 90 % of the budget".
+    """
+    if "alpha" not in event or not {"forget/nll", "retain/kl"} <= event.keys():
+        return ""
+    nll, kl = event["forget/nll"], event["retain/kl"]
+    gain, spent, budget = (event.get(key) for key in ("gain", "kl_spent", "kl_budget"))
+    loss = f"{nll:.2f}" if gain is None else f"{nll - gain:.2f} → {nll:.2f}"
+    rise = "" if spent is None else f" ({'+' if spent >= 0 else '-'}{three(abs(spent))})"
+    share = f", {100 * kl / budget:.3g} % of the budget" if budget else ""
+    where = f"step {event['step']}/{event['of']}"
+    return f"{where}: forget loss {loss}, retain KL {three(kl)}{rise}{share}"
+
+
+def three(value: float) -> str:
+    """Write a number with three significant digits, a tiny one with an exponent."""
+    return f"{value:.1e}" if 0 < abs(value) < 0.0005 else f"{value:#.3g}".rstrip(".")
+
+
 def size(num_bytes: float) -> str:
     """Write a number of bytes for people."""
     for unit in ("B", "KiB", "MiB"):
@@ -177,11 +198,15 @@ class PlainLines:
         if kind == "progress":
             return f"  {event['what']} {share_done(event)}".rstrip()
         self.first = self.first or event
+        if line := edit_step(event):  # the search may end early: what is left is not known
+            return f"  {line} (after {clock(event['seconds'])})"
         numbers = ", ".join(f"{key} {value:.3f}" for key, value in readings(event).items())
         left = clock(remaining(event, self.first))
         return f"  step {event['step']}/{event['of']}: {numbers} ({left} left)"
 
     def _due(self, event: dict[str, Any]) -> bool:
+        if edit_step(event):  # few and long: each is told
+            return True
         ends = event.get("step") == event.get("of", 0) or event.get("done") == event.get("total", 0)
         if not ends and time.monotonic() - self.last < self.seconds:
             return False
@@ -254,6 +279,10 @@ class LivePanel:
         self.share = f"{self.done}/{self.total}"
         left, memory = clock(remaining(event, self.first)), size(event["memory_bytes"])
         self.detail = f"{left} left · peak memory {memory}"
+        if line := edit_step(event):
+            self._note(line)
+            if not self.series and event.get("gain") is not None:  # its curve has the start, too
+                self.series["forget/nll"] = [event["forget/nll"] - event["gain"]]
         for name, value in readings(event).items():
             if name.endswith("/nll"):
                 self.series.setdefault(name, []).append(value)

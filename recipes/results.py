@@ -34,7 +34,7 @@ def put_together(
         },
         "details": {name: result["metrics"] for name, result in found.items()},
         "examples": side_by_side(found),
-        "training": training | totals(folder) | {"curve": curve(folder)},
+        "training": training | totals(folder) | course(folder, edit="edit" in training),
         "steps": steps(folder),
         "truth_ratios": {name: forget_ratios(result["records"]) for name, result in found.items()},
         "leakage": {name: leakage(result["records"]) for name, result in found.items()},
@@ -49,6 +49,29 @@ def put_together(
 def stored_results(folder: RunFolder) -> dict[str, Any]:
     """Read the results of a complete run; its paths lead there from where we are now."""
     return dict(json.loads(folder.results.read_text(encoding="utf-8"))) | _places(folder)
+
+
+def course(folder: RunFolder, *, edit: bool) -> dict[str, Any]:
+    """Give the curve; for an edit, whose steps are few and long, also how many and how long."""
+    found = curve(folder)
+    if not edit:
+        return {"curve": found}
+    return {"curve": found, "steps": len(found), "step_seconds": step_seconds(folder)}
+
+
+def step_seconds(folder: RunFolder) -> list[float]:
+    """Give how long each step of an edit took, the first of a session with what came before it.
+
+    A step that was done again counts as the last time.
+    """
+    starts = [event["time"] for event in folder.events("stage") if event["stage"] == "edit"]
+    took, session, before = {}, 0, 0.0
+    for event in folder.events("step"):
+        now = sum(start <= event["time"] for start in starts)
+        since = before if now == session else 0.0
+        took[event["step"]] = round(event["seconds"] - since, 3)
+        session, before = now, event["seconds"]
+    return [took[step] for step in sorted(took)]
 
 
 def curve(folder: RunFolder) -> list[dict[str, Any]]:

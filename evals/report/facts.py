@@ -92,7 +92,8 @@ def training_line(training: Mapping[str, Any]) -> str:
     """Give steps, time, tokens and memory in one line."""
     parts = []
     if training.get("steps") is not None:
-        kind = f"steps of {training['edit']}" if training.get("edit") else "optimiser steps"
+        word = "step" if training["steps"] == 1 else "steps"
+        kind = f"{word} of {training['edit']}" if training.get("edit") else f"optimiser {word}"
         parts.append(f"{training['steps']:,} {kind}")
     if training.get("seconds") is not None:
         parts.append(f"{training['seconds']:,.1f} s")

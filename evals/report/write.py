@@ -11,6 +11,14 @@ from typing import Any
 
 from unlearn.evals.report.curve import draw_curve
 from unlearn.evals.report.ecdf import Distance, distances, draw_ecdf, usable_ratios
+from unlearn.evals.report.edit_path import (
+    FITTED,
+    HELD_OUT,
+    UNFITTED,
+    caption,
+    draw_edit_path,
+)
+from unlearn.evals.report.edit_steps import describe_edit, edit_steps, tried_scales
 from unlearn.evals.report.evidence import evidence, leakage_note, leakage_rows, ratio_note, reading
 from unlearn.evals.report.facts import (
     chosen_part,
@@ -118,6 +126,7 @@ def describe(results: Mapping[str, Any]) -> dict[str, Any]:
         "selected": selected(results),
         "training": training_line(training),
         "curve": training.get("curve") or [],
+        "edit": _edit(results),
         "examples": _examples(results.get("examples") or [], titles),
         "limits": limits(rows, leakage=bool(leaked)),
         "reading": reading(rows),
@@ -132,9 +141,27 @@ def draw(results: Mapping[str, Any], run: Mapping[str, Any]) -> dict[str, Plot]:
     found = {
         "truth_ratios": draw_ecdf(usable_ratios(results.get("truth_ratios") or {}), run["columns"]),
         "trade_off": draw_tradeoff(path) if path else None,
-        "curve": draw_curve(run["curve"]),
+        "curve": None if run["edit"] else draw_curve(run["curve"]),
+        "edit_path": _edit_path(results.get("training") or {}),
     }
     return {name: plot for name, plot in found.items() if plot}
+
+
+def _edit(results: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Give the steps of an edit, and what their picture shows; None where nothing was edited."""
+    training = results.get("training") or {}
+    found, steps, tried = describe_edit(training), edit_steps(training), tried_scales(training)
+    if found and steps:
+        few = any("too few retain rows" in str(text) for text in results.get("warnings") or [])
+        rows = UNFITTED if "trials" in training else FITTED if few else HELD_OUT
+        found["caption"] = caption(steps, tried, rows)
+    return found
+
+
+def _edit_path(training: Mapping[str, Any]) -> Plot | None:
+    if not training.get("edit"):
+        return None
+    return draw_edit_path(edit_steps(training), tried_scales(training))
 
 
 def origin(results: Mapping[str, Any]) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from unlearn.cli.entry import FULL_DISK, explain
-from unlearn.cli.progress import LivePanel, PlainLines, clock, sparkline
+from unlearn.cli.progress import LivePanel, PlainLines, clock, edit_step, sparkline
 from unlearn.cli.render import shortened
 
 CONSOLE = Path(sys.executable).parent / "unlearn"
@@ -199,6 +199,37 @@ def test_plain_lines_for_logs(capsys):
     assert "  forget: probability 0.998" in shown
     assert "unlearning from checkpoint-3" in shown
     assert "step 6/8: forget/nll 1.500, retain/nll 0.100, forget/npo 0.500 (0:02 left)" in shown
+
+
+EDIT_STEP = {"event": "step", "step": 3, "of": 4, "forget/nll": 2.23, "retain/kl": 0.224,
+             "gain": 0.74, "kl_spent": 0.14, "kl_budget": 0.25, "alpha": 1e-4, "seconds": 62.0,
+             "memory_bytes": 2**30}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({}, "loss 1.49 → 2.23, retain KL 0.224 (+0.140), 89.6 % of the budget"),
+        ({"kl_budget": None}, "loss 1.49 → 2.23, retain KL 0.224 (+0.140)"),
+        ({"kl_spent": -2e-6}, "loss 1.49 → 2.23, retain KL 0.224 (-2.0e-06), 89.6 % of the budget"),
+        ({"gain": None, "kl_spent": None, "kl_budget": None}, "loss 2.23, retain KL 0.224"),
+    ],
+)
+def test_a_step_of_an_edit_in_words(changes, line):
+    """2.23 - 0.74 = 1.49; 0.224 / 0.25 = 89.6 %."""
+    assert edit_step(EDIT_STEP | changes) == f"step 3/4: forget {line}"
+    assert edit_step(EVENTS[-2]) == ""
+
+
+def test_every_step_of_an_edit_is_told_however_soon(capsys):
+    lines, panel = PlainLines(seconds=1000.0), LivePanel()
+    for event in ({"event": "progress", "what": "step 1: trial", "done": 1, "total": 1}, EDIT_STEP):
+        lines.show(event)
+        panel.show(event)
+    shown = capsys.readouterr().err.splitlines()
+    assert "  step 3/4: forget loss 1.49 → 2.23, retain KL 0.224 (+0.140), 89.6 % of the budget " \
+        "(after 1:02)" in shown  # fmt: skip
+    assert panel.series == {"forget/nll": [pytest.approx(1.49), 2.23]}
 
 
 def test_sparkline_starts_at_zero_and_shares_its_scale():

@@ -29,6 +29,11 @@ def test_a_run_edits_the_model_and_shows_its_steps(recipe):
     assert any(event["event"] == "progress" and "curvature" in event["what"] for event in events)
     curve = results["training"]["curve"]
     assert len(curve) == results["training"]["steps"] >= 1
+    assert len(results["training"]["step_seconds"]) == len(curve)
+    assert sum(results["training"]["step_seconds"]) == pytest.approx(
+        results["training"]["seconds"], abs=0.01
+    )
+    assert "Steps of the edit" in Path("out/report.md").read_text()
     assert {"forget/nll", "retain/kl", "alpha", "predicted_gain", "predicted_kl", "damping",
             "evaluations"} <= set(curve[0])  # fmt: skip
     after, before = (results["metrics"][name]["forget_Q_A_Prob"] for name in ("after", "before"))
