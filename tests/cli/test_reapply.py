@@ -79,7 +79,7 @@ def test_the_scale_is_searched_and_shown(searched: list[str]) -> None:
 
 def test_a_search_that_cannot_succeed_writes_nothing(searched: list[str]) -> None:
     update = load_file("update.safetensors")
-    save_update(Update({NAME: 1e6 * update[NAME]}, {"edit": "kfade"}), Path("update.safetensors"))
+    save_update(Update({NAME: 1e14 * update[NAME]}, {"edit": "kfade"}), Path("update.safetensors"))
     with pytest.raises(RunFailed, match="nats per token"):
         CliRunner().invoke(app, [*searched, "--retain-kl", "1e-4"], catch_exceptions=False)
     assert not Path("again").exists()
