@@ -294,6 +294,47 @@ def report(args: argparse.Namespace) -> None:
     table = "\n".join(lines) + f"\n\n{max(map(len, found.values()))} seeds.\n"
     (args.out / "table.md").write_text(table)
     print(table)
+    draw(args, found)
+
+
+def draw(args: argparse.Namespace, found: dict[str, list[dict[str, Any]]]) -> None:
+    """Draw all that was tried, and beside it the runs at equal forgetting, seed by seed."""
+    from unlearn.evals.report.plots import FAINT, INK, LINES, drawing, tidy, to_plot
+
+    names = [name for name in METHODS if name in found]
+    level = {name: mean(one["best"]["kl"] for one in found[name]) for name in names}
+    names.sort(key=level.__getitem__, reverse=True)
+    with drawing(0.8 + 0.27 * len(names), width=8.6) as figure:
+        tried, equal = figure.subplots(1, 2, width_ratios=(1.1, 1.0))
+        for place, name in enumerate(names):
+            rival = METHODS[name].dial != "edit.forget_nll"
+            colour = LINES[1] if rival else LINES[0]
+            trials = [one for seed in found[name] for one in seed["trials"]]
+            tried.scatter(*points(trials), s=14, color=colour, alpha=0.55, linewidths=0,
+                          marker="s" if rival else "o")  # fmt: skip
+            best = [seed["best"]["kl"] for seed in found[name]]
+            equal.scatter(best, [place] * len(best), s=12, color=colour, alpha=0.5, linewidths=0)
+            equal.scatter([level[name]], [place], s=46, color=colour, marker="|", linewidths=2)
+        tried.set(xscale="log", yscale="log", xlabel="forget probability (lower: more forgotten)",
+                  ylabel="KL on rows never seen, nats per token")  # fmt: skip
+        equal.set(
+            xscale="log", xlabel="KL at NPO's forget probability", ylim=(-0.6, len(names) - 0.4)
+        )
+        labels = [METHODS[name].label.replace("`", "") for name in names]
+        equal.set_yticks(range(len(names)), labels, color=INK)
+        equal.tick_params(axis="y", length=0)
+        tried.set_title("all that was tried", loc="left", fontsize=10)
+        equal.set_title("at equal forgetting", loc="left", fontsize=10)
+        for axes in (tried, equal):
+            tidy(axes)
+        equal.axvline(level["npo"], color=FAINT, linewidth=0.8, linestyle=":")
+        plot = to_plot(figure, "equal-forgetting", "Forgetting against the KL on rows never seen")
+    (args.out / "plot.svg").write_text(plot.standalone())
+
+
+def points(trials: list[dict[str, Any]]) -> tuple[list[float], list[float]]:
+    """Give forget probability and KL of every trial."""
+    return [one["probability"] for one in trials], [one["kl"] for one in trials]
 
 
 def main() -> None:
