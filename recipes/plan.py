@@ -25,7 +25,7 @@ from unlearn.recipes.footprint import Footprint
 from unlearn.recipes.inputs import update_of
 from unlearn.recipes.memory import Part, Training, held
 from unlearn.recipes.prepare import Prepared
-from unlearn.recipes.schema import LaunchSection
+from unlearn.recipes.sections import LaunchSection
 from unlearn.recipes.subset import choice_plan
 from unlearn.recipes.train import make_trainer
 from unlearn.runs import RunFolder

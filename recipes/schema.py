@@ -29,6 +29,7 @@ from unlearn.recipes.sections import (
     AssistantSection,
     EditSection,
     ExtraSection,
+    LaunchSection,
     LoraSection,
     Scheduler,
     check_assistant,
@@ -38,7 +39,6 @@ from unlearn.recipes.sections import (
 
 Stream = Literal["forget", "retain", "refusal", "retain_refusal", "alternate"]
 """Rows that a term can be on; the last three are other answers to the questions of these rows."""
-Engine = Literal["none", "ddp", "fsdp2", "zero2", "zero3", "zero3-offload"]
 
 
 class ModelSection(_Section):
@@ -229,47 +229,6 @@ class TrainingSection(_Section):
     def extras(self) -> dict[str, Any]:
         """Fields of TrainingArguments given beyond the declared ones."""
         return dict(self.__pydantic_extra__ or {})
-
-
-def _meeting_place(value: str | None) -> str | None:
-    if value is not None and not re.fullmatch(r"[^\s:]+:\d+", value):
-        raise ValueError(f"{value!r} given; must be HOST:PORT, for instance node-1:29500")
-    return value
-
-
-class LaunchSection(_Section):
-    """How many processes share the run, and which engine joins them."""
-
-    engine: Engine | None = None
-    """What splits the work: see docs/scale.md. null: `none` for one process, `ddp` for several."""
-    nproc: int = Field(default=1, ge=1)
-    """Processes on each node, one per device."""
-    nnodes: int = Field(default=1, ge=1)
-    """Nodes that take part; the same command is started on each."""
-    rdzv: Annotated[str | None, AfterValidator(_meeting_place)] = None
-    """Where the nodes meet: HOST:PORT of one of them. Needed with several nodes."""
-    device_memory: float | None = Field(default=None, gt=0)
-    """GiB of each device, instead of what is found: for a plan, or to run whatever it says."""
-
-    @property
-    def processes(self) -> int:
-        """Processes of all nodes."""
-        return self.nproc * self.nnodes
-
-    @property
-    def chosen(self) -> Engine:
-        """The engine, with the default filled in."""
-        return self.engine or ("none" if self.processes == 1 else "ddp")
-
-    @model_validator(mode="after")
-    def _engine_for_several(self) -> Self:
-        if self.engine == "none" and self.processes > 1:
-            message = (
-                f"engine: 'none' given with {self.processes} processes; it knows one only: "
-                "choose ddp, fsdp2, zero2 or zero3, or leave engine out"
-            )
-            raise PydanticCustomError("engine", "{why}", {"why": message})
-        return self
 
 
 def _forgets(terms: tuple[Term, ...]) -> tuple[Term, ...]:

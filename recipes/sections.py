@@ -1,14 +1,24 @@
-"""Parts of a recipe beyond the weighted loss: adapters, an assistant, an edit, more rows.
+"""Parts of a recipe beyond the weighted loss: adapters, an assistant, an edit, rows, processes.
 
 This module must stay importable without torch.
 """
 
-from typing import Annotated, Any, Literal
+import re
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import (
+    AfterValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
 from unlearn.recipes.section import Section
 
+Engine = Literal["none", "ddp", "fsdp2", "zero2", "zero3", "zero3-offload"]
 Scheduler = Literal[
     "linear",
     "cosine",
@@ -88,6 +98,47 @@ class ExtraSection(Section):
     """Standard name -> column, for instance {answer: paraphrased_answer}."""
     take: int = Field(default=1, ge=1)
     """Rows made of each row where a column holds a list: its first entries."""
+
+
+def _meeting_place(value: str | None) -> str | None:
+    if value is not None and not re.fullmatch(r"[^\s:]+:\d+", value):
+        raise ValueError(f"{value!r} given; must be HOST:PORT, for instance node-1:29500")
+    return value
+
+
+class LaunchSection(Section):
+    """How many processes share the run, and which engine joins them."""
+
+    engine: Engine | None = None
+    """What splits the work: see docs/scale.md. null: `none` for one process, `ddp` for several."""
+    nproc: int = Field(default=1, ge=1)
+    """Processes on each node, one per device."""
+    nnodes: int = Field(default=1, ge=1)
+    """Nodes that take part; the same command is started on each."""
+    rdzv: Annotated[str | None, AfterValidator(_meeting_place)] = None
+    """Where the nodes meet: HOST:PORT of one of them. Needed with several nodes."""
+    device_memory: float | None = Field(default=None, gt=0)
+    """GiB of each device, instead of what is found: for a plan, or to run whatever it says."""
+
+    @property
+    def processes(self) -> int:
+        """Processes of all nodes."""
+        return self.nproc * self.nnodes
+
+    @property
+    def chosen(self) -> Engine:
+        """The engine, with the default filled in."""
+        return self.engine or ("none" if self.processes == 1 else "ddp")
+
+    @model_validator(mode="after")
+    def _engine_for_several(self) -> Self:
+        if self.engine == "none" and self.processes > 1:
+            message = (
+                f"engine: 'none' given with {self.processes} processes; it knows one only: "
+                "choose ddp, fsdp2, zero2 or zero3, or leave engine out"
+            )
+            raise PydanticCustomError("engine", "{why}", {"why": message})
+        return self
 
 
 def check_assistant(
