@@ -3,9 +3,12 @@
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
+from unlearn.curvature import passes
 from unlearn.curvature.factors import accumulated
 from unlearn.curvature.layers import named_layers
-from unlearn.curvature.passes import CPU_TOKENS
+from unlearn.curvature.parts import num_labels
 from unlearn.curvature.steps import EVALUATIONS
 from unlearn.edits import EDITS
 from unlearn.edits.update import update_shapes
@@ -15,6 +18,7 @@ from unlearn.recipes.footprint import Footprint
 from unlearn.recipes.inputs import update_of
 from unlearn.recipes.memory import Part
 from unlearn.recipes.prepare import Prepared
+from unlearn.scoring import CPU_TOKENS
 
 SOLVING = 3
 """Copies of the factors of one layer while they are inverted: damped, factorised, working space."""
@@ -43,14 +47,22 @@ def edit_parts(prepared: Prepared, model: Any, size: Footprint, device: str) -> 
     width = accumulated(next(iter(layers.values())).weight.dtype).itemsize
     tracked = width * sum(small * large for small, large in shapes)
     limit = int(how["max_factor_dim"])
-    squares = [_square(small, limit) + _square(large, limit) for small, large in shapes]
-    tokens = min(how["batch_tokens"], CPU_TOKENS) if device == "cpu" else how["batch_tokens"]
-    piece = CPU_PIECE_BYTES if device == "cpu" else CHUNK_BYTES
+    both = [_square(small, limit) + _square(large, limit) for small, large in shapes]
+    squares = (
+        both if how["curvature"] != "act" else [_inputs(one, limit) for one in layers.values()]
+    )
+    on_cpu = device == "cpu"
+    tokens = min(how["batch_tokens"], passes.CPU_TOKENS) if on_cpu else how["batch_tokens"]
+    piece = CPU_PIECE_BYTES if on_cpu else CHUNK_BYTES
     recomputed = prepared.recipe.training.gradient_checkpointing
     kept = (size.checkpointed if recomputed else size.kept)[None]
     factors, spectrum = width * sum(squares), tracked * (how["curvature"] in ("ekfac", "diag"))
     if how["curvature"] == "diag":
         factors = 0
+    if how["correct"] and on_cpu:  # a GPU leaves them to the host
+        states = _retain_labels(prepared, how["retain_tokens"])
+        held = states * model.config.get_text_config().hidden_size * width
+        found.append(Part("start outputs", held, f"at {states:,} retain tokens, to come back to"))
     return [
         *found,
         Part("start and steps", 2 * tracked, "what is added to, and what has been added"),
@@ -87,6 +99,18 @@ def _reapplied_parts(prepared: Prepared, model: Any, place: Path, device: str) -
 def readings(prepared: Prepared) -> int:
     """Count how often rows are read at most while scales are tried, the start included."""
     return 1 + (EVALUATIONS if edit_settings(prepared)["scale"] == "search" else 1)
+
+
+def _retain_labels(prepared: Prepared, cap: int | None) -> int:
+    """Count the retain tokens that curvature is fitted to, held-out rows with them."""
+    labels = num_labels(prepared.streams["retain"].examples)
+    return labels if cap is None else min(labels, cap)
+
+
+def _inputs(module: Any, limit: int) -> int:
+    """Give the entries of a layer's input factor."""
+    inputs = module.weight.shape[1 if isinstance(module, nn.Linear) else 0]
+    return _square(int(inputs), limit)
 
 
 def _square(side: int, limit: int) -> int:

@@ -18,7 +18,7 @@ from unlearn.monitors import peak_memory_bytes
 from unlearn.packing import can_pack, packable
 from unlearn.ranks import Ranks
 from unlearn.recipes.communication import described, traffic
-from unlearn.recipes.edit_memory import readings
+from unlearn.recipes.edit_memory import edit_settings, readings
 from unlearn.recipes.estimate import Estimate, Sized, estimate, for_its_device, training_of
 from unlearn.recipes.fitting import fit
 from unlearn.recipes.footprint import Footprint
@@ -192,7 +192,7 @@ def _tokens(prepared: Prepared) -> dict[str, int]:
 
 
 def _edited_tokens(prepared: Prepared) -> dict[str, int]:
-    """Count what an edit passes over: the forget set in every step, the retain set once.
+    """Count what an edit passes over there and back; the first step has nothing to correct.
 
     A search for the scale of an update reads both before the first trial, and after every one.
     """
@@ -202,7 +202,10 @@ def _edited_tokens(prepared: Prepared) -> dict[str, int]:
     )
     if update_of(prepared.recipe):
         return {"per_step": forget + retain, "total": readings(prepared) * (forget + retain)}
-    return {"per_step": forget, "total": forget * prepared.steps + retain}
+    how, steps = edit_settings(prepared), prepared.steps
+    fits, corrections = steps if how["refit"] else 1, (steps - 1) * how["correct"]
+    total = forget * steps + retain * (fits + corrections)
+    return {"per_step": forget + retain * (how["refit"] + how["correct"]), "total": total}
 
 
 def _files(prepared: Prepared, size: Footprint, how: Training) -> tuple[int, list[dict[str, Any]]]:
