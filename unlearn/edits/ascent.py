@@ -27,7 +27,7 @@ from unlearn.scores import Scorer
 Fit = Callable[[bool], Curvature]
 """Fits the curvature to the weights as they are; told whether these are those of the start."""
 PARTS = (1.0, 0.3, 0.1, 0.03)
-"""Parts of a Newton step back that are tried, until one lowers the KL that is measured."""
+"""Parts of a step back that are tried, until one lowers the KL that is measured."""
 
 
 @dataclass
@@ -118,12 +118,16 @@ class Ascent:
     def _corrected(
         self, now: Reading, curvature: Curvature, reference: Reference
     ) -> tuple[Reading, float]:
-        """Go down the KL on the fitted rows by a Newton step, or a part of one; give the part."""
+        """Go down the KL on the fitted rows along (H + λI)⁻¹r, and say by how much (β).
+
+        β = KL / rᵀ(H + λI)⁻¹r is half a Newton step where the KL is quadratic, and does not depend
+        on the scale of H, which is far off where H was fitted to other weights.
+        """
         rows = told(self.start.rows, "retain KL gradient", self.listen)
         grad = kl_gradient(self.model, self.start, self.layers, progress=rows)
         self.tokens += num_tokens(rows)
         back = direction(curvature, grad, self.damping, ranks=Ranks.of(self.model))
-        for part in PARTS:
+        for part in PARTS if back.slope > 0 else ():
             beta = part * now.kl / back.slope
             found = self._measured(reference, back, -beta)
             if found.kl < now.kl:

@@ -74,8 +74,8 @@ def kfade(  # noqa: PLR0913 - each is a key of the recipe's edit section
 
     ``ascend`` says what g raises: ``nll``, −log p of the tokens, as in the paper, whose gradient
     comes more and more from those that are lost already; or ``unlikelihood``, log(1 − p), which
-    pulls at tokens that are still known. ``correct``: before a step the weights go down the KL, by
-    (H + λI)⁻¹r scaled to take back all of it, or a part that lowers it on held-out rows.
+    pulls at tokens that are still known. ``correct``: before a step the weights go down the KL
+    along (H + λI)⁻¹r, half a Newton step or less, as long as that lowers it on held-out rows.
 
     ``step_rule``: ``search`` measures after trial steps and takes the longest that reaches its
     share of the way to ``forget_nll`` and stays within ``retain_kl`` (on ``held_out`` rows that H
