@@ -70,7 +70,7 @@ WITH_KL = ("terms.1.objective=kl",)
 METHODS = {
     "npo": Method("tofu-tiny/npo", None, 0.3, label="NPO"),
     "grad_diff": Method("tofu-tiny/grad_diff", "terms.0.weight", 0.14, label="GradDiff"),
-    "grad_diff_kl": Method("tofu-tiny/grad_diff", "terms.0.weight", 0.1, WITH_KL, RATES,
+    "grad_diff_kl": Method("tofu-tiny/grad_diff", "terms.0.weight", 0.35, WITH_KL, RATES,
                            "GradDiff, KL term"),
     "npo_kl": Method("tofu-tiny/npo", "terms.0.weight", 0.3, WITH_KL, RATES, "NPO, KL term"),
     "kfac": kfade(label="K-FADE, `kfac`"),
@@ -193,7 +193,9 @@ def next_dial(trials: list[dict[str, Any]], goal: float) -> float:
     above = [at(one) for one in trials if one["probability"] > goal]
     below = [at(one) for one in trials if one["probability"] <= goal]
     if not above or not below:
-        return math.exp(max(above)[0] + 0.3) if above else math.exp(min(below)[0] - 0.3)
+        (x, off) = max(above) if above else min(below)
+        way = 0.3 if abs(off) < math.log(3) else 0.7
+        return math.exp(x + way if above else x - way)
     (x, up), (y, down) = max(above), min(below)
     share = min(max(up / (up - down), 0.15), 0.85)
     return math.exp(x + share * (y - x))
