@@ -40,7 +40,7 @@ def batch_top_k(
     """Keep the ``number`` largest of relu(pre) over all tokens and latents, and the smallest kept.
 
     BatchTopK (Bussmann et al. 2024, arXiv:2412.06410, eq. 4); Mutual Choice is the same rule (see
-    :mod:`unlearn.sae.zipf`). Exact ties of the last one are all kept. NaN where nothing is positive.
+    :mod:`unlearn.sae.zipf`). Exact ties of the last one are all kept. NaN if none is positive.
     """
     latents = pre.relu()
     with torch.no_grad():

@@ -117,7 +117,7 @@ class Dictionary:
         """
         assert self.kind != "topk"
         norms = self.norms()
-        changed: dict[str, Tensor] = {"w_dec": self.w_dec / norms[:, None]}
+        changed: dict[str, Any] = {"w_dec": self.w_dec / norms[:, None]}
         if self.kind == "gated":
             assert self.r_mag is not None
             assert self.b_mag is not None
@@ -136,7 +136,8 @@ class Dictionary:
 
     def to(self, device: torch.device | str) -> "Dictionary":
         """Give the dictionary on another device."""
-        return replace(self, **{name: one.to(device) for name, one in self.tensors().items()})
+        moved: dict[str, Any] = {name: one.to(device) for name, one in self.tensors().items()}
+        return replace(self, **moved)
 
 
 def check_dictionary(found: Dictionary, source: str) -> Dictionary:

@@ -9,6 +9,7 @@ import pickle
 import re
 import zipfile
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +29,10 @@ AGAIN = "copy or download it again"
 def saelens(folder: Path) -> Dictionary:
     """Read SAELens: ``cfg.json`` and ``sae_weights.safetensors``.
 
-    Before version 6 all keys of the configuration lay flat; OpenMOSS's Llama Scope R1 has files of
-    the same name with ``log_jumprelu_threshold`` and is read as such.
+    Before version 6 all keys of the configuration lay flat.
     """
-    weights = _tensors(folder / "sae_weights.safetensors")
-    if "log_jumprelu_threshold" in weights:
-        return _openmoss(folder, _json(folder / "config.json"), weights)
     config = _json(folder / "cfg.json")
+    weights = _tensors(folder / "sae_weights.safetensors")
     more = config.get("metadata") or config.get("meta") or {}
     architecture = config.get("architecture", "standard")
     function = config.get("activation_fn_str") or config.get("activation_fn") or "relu"
@@ -123,11 +121,7 @@ def gemma_scope_2(folder: Path) -> Dictionary:
     config = _json(folder / "config.json")
     weights = {_capital(name): one for name, one in _tensors(folder / "params.safetensors").items()}
     place = config.get("hf_hook_point_in", "")
-    if (after := config.get("hf_hook_point_out", place)) != place:
-        raise UserError(
-            f"'{folder}' is a transcoder: it reads {place} and writes {after}",
-            "give a dictionary that reconstructs what it reads",
-        )
+    _require_same_place(folder, place, config.get("hf_hook_point_out", place))
     return Dictionary(
         "jumprelu",
         **_standard(folder, weights, "jumprelu"),
@@ -141,37 +135,34 @@ def gemma_scope_2(folder: Path) -> Dictionary:
 def llama_scope(folder: Path) -> Dictionary:
     """Read Llama Scope: ``hyperparams.json`` and ``checkpoints/final.safetensors``.
 
-    One threshold for all latents. Inputs were scaled to the mean length sqrt(width), which is
-    folded into the weights, as the threshold is one of scaled inputs (arXiv:2410.20526).
+    Inputs were scaled to the mean length sqrt(width), which is folded into the weights. The one
+    threshold for all latents is one of plain inputs, so it is scaled as they are (arXiv:2410.20526;
+    both as SAELens does).
     """
     config = _json(folder / "hyperparams.json")
-    return _openmoss(folder, config, _tensors(folder / "checkpoints/final.safetensors"))
-
-
-def _openmoss(folder: Path, config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Dictionary:
-    found = _linear(folder, weights)
-    width, latents = found["w_enc"].shape
-    if "log_jumprelu_threshold" in weights:
-        threshold = weights["log_jumprelu_threshold"].exp()
-    else:
-        threshold = torch.full((latents,), float(_key(folder, config, "jump_relu_threshold")))
-    norms = config.get("dataset_average_activation_norm") or {}
-    if not (norm := norms.get("in")):
-        raise UserError(
-            f"'{folder}' does not tell dataset_average_activation_norm, which scales its inputs",
-            "give hyperparams.json as it was published",
-        )
+    found = _linear(folder, _tensors(folder / "checkpoints/final.safetensors"))
+    norms = _key(folder, config, "dataset_average_activation_norm")
+    scale = math.sqrt(len(found["b_dec"])) / float(_key(folder, norms, "in"))
+    threshold = scale * float(_key(folder, config, "jump_relu_threshold"))
     place = str(config.get("hook_point_in", ""))
-    if (after := config.get("hook_point_out", place)) != place:
+    _require_same_place(folder, place, config.get("hook_point_out", place))
+    plain = Dictionary(
+        "jumprelu",
+        **found,
+        threshold=torch.full_like(found["b_enc"], threshold),
+        centred=False,
+        hook=Hook.parse(place),
+        about={"format": "Llama Scope", "hook": place},
+    )
+    return plain.folded(scale)
+
+
+def _require_same_place(folder: Path, reads: str, writes: str) -> None:
+    if reads != writes:
         raise UserError(
-            f"'{folder}' is a transcoder: it reads {place} and writes {after}",
+            f"'{folder}' is a transcoder: it reads {reads} and writes {writes}",
             "give a dictionary that reconstructs what it reads",
         )
-    about = {"format": "Llama Scope", "hook": place}
-    plain = Dictionary(
-        "jumprelu", **found, threshold=threshold, centred=False, hook=Hook.parse(place), about=about
-    )
-    return plain.folded(math.sqrt(width) / float(norm))
 
 
 def sparsify(folder: Path) -> Dictionary:
@@ -214,11 +205,7 @@ def dictionary_learning(folder: Path) -> Dictionary:
     found: Dictionary = read(folder, weights, trainer)
     hook = Hook(int(trainer["layer"])) if _leaves_layer(trainer) else None
     about = {"format": "dictionary_learning", "dict_class": name}
-    model = trainer.get("lm_name") or ""
-    return Dictionary(
-        found.kind, **found.tensors(), k=found.k, centred=found.centred, hook=hook, model=model,
-        about=about,
-    )  # fmt: skip
+    return replace(found, hook=hook, model=trainer.get("lm_name") or "", about=about)
 
 
 def _leaves_layer(trainer: Mapping[str, Any]) -> bool:
@@ -256,7 +243,10 @@ def _learnt_jump(folder: Path, weights: Mapping[str, Tensor], trainer: Any) -> D
 
 def _learnt_gated(folder: Path, weights: Mapping[str, Tensor], trainer: Any) -> Dictionary:
     renamed = {**weights, "encoder.bias": _key(folder, weights, "gate_bias")}
-    more = {"r_mag": _key(folder, weights, "r_mag"), "b_mag": _key(folder, weights, "mag_bias")}
+    more: dict[str, Any] = {
+        "r_mag": _key(folder, weights, "r_mag"),
+        "b_mag": _key(folder, weights, "mag_bias"),
+    }
     return Dictionary("gated", **_linear(folder, renamed), **more).normed()
 
 
@@ -285,7 +275,7 @@ def _pickled_weights(path: Path) -> dict[str, Tensor]:
     return {name: one if one.ndim == 0 else one.float() for name, one in found.items()}
 
 
-def _standard(folder: Path, weights: Mapping[str, Tensor], kind: str) -> dict[str, Tensor]:
+def _standard(folder: Path, weights: Mapping[str, Tensor], kind: str) -> dict[str, Any]:
     """Take the tensors of SAELens and Gemma Scope, which lie as ours do."""
     names = {"w_enc": "W_enc", "b_enc": "b_enc", "w_dec": "W_dec", "b_dec": "b_dec"}
     if kind == "gated":
@@ -295,7 +285,7 @@ def _standard(folder: Path, weights: Mapping[str, Tensor], kind: str) -> dict[st
     return {ours: _key(folder, weights, theirs) for ours, theirs in names.items()}
 
 
-def _linear(folder: Path, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _linear(folder: Path, weights: Mapping[str, Tensor]) -> dict[str, Any]:
     """Take the tensors of two ``nn.Linear``: weights [out, in], so transposed."""
     biases = ("b_dec", "bias", "decoder_bias", "decoder.bias")
     name = next((one for one in biases if one in weights), "b_dec")

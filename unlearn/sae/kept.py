@@ -58,5 +58,7 @@ def _require_same(
     for key, ours in wanted.items():
         if stored.get(key) != ours:
             theirs = stored.get(key)
-            told = f"{key} {theirs}, not {ours}" if len(f"{theirs}{ours}") < 80 else f"another {key}"
+            told = (
+                f"{key} {theirs}, not {ours}" if len(f"{theirs}{ours}") < 80 else f"another {key}"
+            )
             raise UserError(f"'{path}' is of a training with {told}", hint)

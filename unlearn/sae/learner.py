@@ -79,7 +79,7 @@ class Learner:
         Kinds that choose among a batch are ``jumprelu`` here: that is how they read single tokens
         (dictionary_learning, SAELens). Without a threshold yet they keep their kind.
         """
-        found = {name: one.detach().clone() for name, one in self.params.items()}
+        found: dict[str, Any] = {name: one.detach().clone() for name, one in self.params.items()}
         kind, k = self.settings.kind, self.settings.k if self.settings.kind in UNIT else None
         if kind == "jumprelu":
             found["threshold"] = found.pop("log_theta").exp()
@@ -95,7 +95,7 @@ class Learner:
 
     def _view(self) -> Dictionary:
         """Give the parameters as a dictionary, through which gradients flow."""
-        found = dict(self.params)
+        found: dict[str, Any] = dict(self.params)
         if "log_theta" in found:
             found["threshold"] = found.pop("log_theta").exp()
         return Dictionary(self.settings.kind, **found, k=self.settings.k)
@@ -199,7 +199,9 @@ class Learner:
         now = fired.double() / total
         self.frequency = now if self.step == 0 else QUICK * self.frequency + (1 - QUICK) * now
         names = ("error", "penalty", "auxiliary")
-        sums = [terms[n][1].detach().double().sum() if n in terms else now.new_zeros(()) for n in names]
+        sums = [
+            terms[n][1].detach().double().sum() if n in terms else now.new_zeros(()) for n in names
+        ]
         error, penalty, auxiliary = (self.ranks.add(torch.stack(sums)) / total).tolist()
         l0, dead = float(fired.sum()) / total, float(self.dead.double().mean())
         return Told(error, penalty, auxiliary, l0, dead)
@@ -235,9 +237,7 @@ def _placed(value: Tensor, key: str, parameter: Tensor) -> Tensor:
     return value.clone() if key == "step" else value.to(parameter.device, copy=True)
 
 
-def _initial(
-    settings: TrainSettings, width: int, latents: int, device: Any
-) -> dict[str, Tensor]:
+def _initial(settings: TrainSettings, width: int, latents: int, device: Any) -> dict[str, Tensor]:
     """Draw directions of length 1; the encoder begins as the decoder's transpose (sparsify)."""
     generator = torch.Generator().manual_seed(settings.seed)
     directions = torch.randn(latents, width, generator=generator)
@@ -252,6 +252,4 @@ def _initial(
         found["log_theta"] = torch.full((latents,), math.log(settings.theta))
     if settings.kind == "gated":
         found |= {"r_mag": torch.zeros(latents), "b_mag": torch.zeros(latents)}
-    return {
-        name: one.clone().to(device).requires_grad_() for name, one in found.items()
-    }
+    return {name: one.clone().to(device).requires_grad_() for name, one in found.items()}

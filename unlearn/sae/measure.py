@@ -59,7 +59,9 @@ class Recovery:
 
 @torch.no_grad()
 def fidelity(
-    dictionary: Dictionary, parts: Iterable[Float[Tensor, "token width"]], ranks: Ranks | None = None
+    dictionary: Dictionary,
+    parts: Iterable[Float[Tensor, "token width"]],
+    ranks: Ranks | None = None,
 ) -> Fidelity:
     """Measure reconstructions; every rank gives parts of its own, and gets the result of all."""
     width, latents = dictionary.width, dictionary.latents

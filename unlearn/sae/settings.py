@@ -32,8 +32,8 @@ class TrainSettings:
     million (sparsify), at most a tenth of the training. ``aux`` weighs AuxK, or aux_zipf, on
     ``k_aux`` latents: half the width.
 
-    ``choice_warmup``: share of the steps that Mutual and Feature Choice begin with BatchTopK's rule
-    and AuxK; then the Zipf law is fitted. ``jump_penalty``: ``step`` or ``tanh``. ``pre_act`` weighs
+    ``choice_warmup``: share of the steps in which Mutual and Feature Choice are BatchTopK with
+    AuxK; then the Zipf law is fitted. ``jump_penalty``: ``step`` or ``tanh``. ``pre_act`` weighs
     what pulls dead latents of jumprelu up. ``held_out``: rows to measure on, every ``eval_steps``.
     """
 

@@ -110,5 +110,5 @@ def _ours(path: Path) -> Dictionary:
     values: dict[str, Any] = {key: about[key] for key in about if key in known}
     if about["kind"] not in KINDS or not {"w_enc", "b_enc", "w_dec", "b_dec"} <= set(weights):
         raise UserError(f"'{path}' is damaged: kind or weights are missing", "train it again")
-    tensors = {name: one for name, one in weights.items() if name in TENSORS}
-    return Dictionary(**values, **tensors, hook=Hook(**hook) if hook else None)
+    values |= {name: one for name, one in weights.items() if name in TENSORS}
+    return Dictionary(**values, hook=Hook(**hook) if hook else None)

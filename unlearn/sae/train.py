@@ -48,7 +48,11 @@ class Training:
         )
         self.learner = Learner(how, self.source.width, self.ranks, self.source.device)
         self.scale = 1.0
-        self.names = {**how.identity(), "rows": _sha256(self.source.corpus), **(self.identity or {})}
+        self.names = {
+            **how.identity(),
+            "rows": _sha256(self.source.corpus),
+            **(self.identity or {}),
+        }
 
     def run(self, *, until: int | None = None) -> Trained:
         """Train from the last checkpoint to the end; ``until`` stops early, after that step."""
@@ -63,7 +67,10 @@ class Training:
                 self.emit({"event": "measured", "step": step, **self._figures(self.folded())})
         found = self.folded()
         metrics = self._figures(found) | self._recovered(found)
-        about = {"trained_as": self.settings.kind, "settings": asdict(self.settings)}
+        about: dict[str, Any] = {
+            "trained_as": self.settings.kind,
+            "settings": asdict(self.settings),
+        }
         about |= {"metrics": metrics, "steps": self.learner.step}
         return Trained(replace(found, about=about), metrics)
 
@@ -151,5 +158,3 @@ def _sha256(corpus: Corpus) -> str:
     digest = hashlib.sha256(corpus.ids.tobytes())
     digest.update(corpus.starts.tobytes())
     return digest.hexdigest()
-
-

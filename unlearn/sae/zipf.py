@@ -64,7 +64,7 @@ def budgets(shares: Float[Tensor, " latent"], total: int) -> Int[Tensor, " laten
 def need(
     frequency: Float[Tensor, " latent"], expected: Float[Tensor, " latent"]
 ) -> Float[Tensor, " latent"]:
-    """Give ``clip(1 - n/n*, 0, 1)``: 1 for a latent that never fires, 0 for one that does enough."""
+    """Give ``clip(1 - n/n*, 0, 1)``: 1 for a latent that never fires, 0 where it is enough."""
     return (1 - frequency / expected).clamp(0, 1)
 
 
