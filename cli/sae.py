@@ -64,8 +64,9 @@ def train(
 ) -> None:
     """Train a dictionary of what leaves layer N of MODEL on texts.
 
-    Prints variance explained, L0, dead share and cross-entropy recovered on texts held out. When
-    it was stopped, the same command goes on.
+    Prints variance explained, L0, dead share and cross-entropy recovered on texts held out.
+
+    When it was stopped, the same command goes on.
     """
     from unlearn.recipes.sae import check_folder, settings_of
 
@@ -185,13 +186,10 @@ MEASURES = {
 def _show(found: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.markup import escape
-    from rich.table import Table
 
     console = Console(highlight=False, soft_wrap=True)
-    table = Table.grid(padding=(0, 2, 0, 0))
     for name, value in _facts(found):
-        table.add_row(f"[bold]{name}[/]", escape(value))
-    console.print(table)
+        console.print(f"[bold]{name:<25}[/]{escape(value)}")
     for text in found.get("doubts", ()):
         console.print(f"[yellow]warning:[/] {escape(text)}")
 

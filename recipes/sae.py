@@ -8,9 +8,9 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from unlearn import models
-from unlearn.activations import check_layer
 from unlearn.data import Template, encode, load_rows, pad_token_id, tokenize
 from unlearn.errors import UserError, did_you_mean
+from unlearn.kinds import load_config
 from unlearn.ranks import Ranks
 from unlearn.recipes.inputs import check_model_folder
 from unlearn.recipes.yaml_text import parse
@@ -107,11 +107,11 @@ def train(
     check_model_folder(texts.source.path)
     ranks = Ranks.world()
     ranks.first(lambda: check_folder(out))
+    _check_sizes(texts.source, settings)
     emit({"event": "stage", "stage": "reading the texts"})
     corpus, pad_id = texts.corpus(context=settings.context, pack=settings.pack)
     emit({"event": "stage", "stage": "load"})
     model = models.load_model(texts.source)
-    check_layer(model, settings.layer)
     emit({"event": "stage", "stage": "training the dictionary"})
     trained = train_dictionary(
         model,
@@ -127,6 +127,22 @@ def train(
     named = named_after(trained.dictionary, texts.source.path)
     ranks.first(lambda: _write(named, results, out))
     return results | {"out": str(out)}
+
+
+def _check_sizes(source: models.ModelSource, settings: TrainSettings) -> None:
+    """Refuse a layer that the model has not, and more active latents than there are."""
+    models.check_source(source)
+    try:
+        config = load_config(source).get_text_config()
+    except (OSError, ValueError) as error:
+        cause = str(error).strip().split("\n")[0]
+        raise UserError(f"cannot read the configuration of '{source.path}': {cause}") from error
+    if settings.layer >= (depth := config.num_hidden_layers):
+        raise UserError(
+            f"layer={settings.layer} given, but '{source.path}' has {depth} layers",
+            f"give 0 to {depth - 1}; about a third of the way up is usual",
+        )
+    settings.latents(config.hidden_size)
 
 
 def _logged(emit: Emit, out: Path, ranks: Ranks) -> Emit:

@@ -16,8 +16,8 @@ Kind = Literal["relu", "topk", "batchtopk", "jumprelu", "gated", "mutual", "feat
 KINDS: tuple[str, ...] = get_args(Kind)
 OF_BATCH = ("batchtopk", "mutual", "feature")
 """Kinds that choose among the tokens of a whole batch while they are trained."""
-OPTIONAL = ("threshold", "r_mag", "b_mag")
-TENSORS = ("w_enc", "b_enc", "w_dec", "b_dec", *OPTIONAL)
+REQUIRED = ("w_enc", "b_enc", "w_dec", "b_dec")
+TENSORS = (*REQUIRED, "threshold", "r_mag", "b_mag")
 
 
 @dataclass(frozen=True)
@@ -140,33 +140,45 @@ class Dictionary:
         return replace(self, **moved)
 
 
-def check_dictionary(found: Dictionary, source: str) -> Dictionary:
-    """Refuse weights that do not fit together or are no numbers; give the dictionary otherwise.
+def built(source: str, kind: Kind, weights: Mapping[str, Tensor], **more: Any) -> Dictionary:
+    """Build a dictionary from weights that came from outside; ``source`` is what errors call it.
 
     Raises:
-        UserError: names the tensor.
+        UserError: weights are missing, do not fit together or are no numbers; names the tensor.
     """
-    latents, width = found.w_dec.shape
-    shapes = {"w_enc": (width, latents), "w_dec": (latents, width), "b_dec": (width,)}
-    needed = {"gated": ("r_mag", "b_mag"), "jumprelu": ("threshold",)}.get(found.kind, ())
-    if missing := [name for name in needed if getattr(found, name) is None]:
-        raise UserError(f"'{source}': a {found.kind} dictionary needs {', '.join(missing)}")
-    if found.kind == "topk" and not 0 < (found.k or 0) <= latents:
+    needed = {"gated": ("r_mag", "b_mag"), "jumprelu": ("threshold",)}.get(kind, ())
+    if missing := [name for name in (*REQUIRED, *needed) if name not in weights]:
         raise UserError(
-            f"'{source}': k={found.k} given for a topk dictionary of {latents} latents",
+            f"'{source}': a {kind} dictionary needs {', '.join(missing)}",
+            f"it has {', '.join(sorted(weights))}",
+        )
+    _check_shapes(source, weights)
+    latents, k = len(weights["w_dec"]), more.get("k")
+    if kind == "topk" and not 0 < (k or 0) <= latents:
+        raise UserError(
+            f"'{source}': k={k} given for a topk dictionary of {latents} latents",
             f"k is 1 to {latents}",
         )
-    for name, tensor in found.tensors().items():
+    return Dictionary(kind, **{**weights, **more})
+
+
+def _check_shapes(source: str, weights: Mapping[str, Tensor]) -> None:
+    if (decoder := weights["w_dec"]).ndim != 2:
+        raise UserError(f"'{source}': w_dec has shape {list(decoder.shape)}", "it has 2 axes")
+    latents, width = decoder.shape
+    shapes = {"w_enc": (width, latents), "w_dec": (latents, width), "b_dec": (width,)}
+    for name, tensor in weights.items():
         wanted = shapes.get(name, (latents,))
         if tuple(tensor.shape) != wanted:
-            shape, should = list(tensor.shape), list(wanted)
             raise UserError(
-                f"'{source}': {name} has shape {shape}, not {should}",
-                f"W_dec says {latents} latents of width {width}; one of them is laid out otherwise",
+                f"'{source}': {name} has shape {list(tensor.shape)}, not {list(wanted)}",
+                f"W_dec says {latents} latents of width {width}; one of them lies otherwise",
             )
         if not bool(tensor.isfinite().all()):
-            raise UserError(f"'{source}' has NaN or infinite weights, in {name} first")
-    return found
+            raise UserError(
+                f"'{source}' has NaN or infinite weights, in {name} first",
+                "copy it again, or take an earlier checkpoint",
+            )
 
 
 def check_fits(found: Dictionary, width: int, layer: int | None = None, *, source: str) -> None:

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from unlearn.errors import UserError
-from unlearn.sae.dictionary import Dictionary
+from unlearn.sae.dictionary import Dictionary, built
 from unlearn.sae.hook import Hook
 
 AGAIN = "copy or download it again"
@@ -51,9 +51,10 @@ def saelens(folder: Path) -> Dictionary:
     if kind == "topk" and config.get("rescale_acts_by_decoder_norm"):
         weights = _by_norms(weights)
     hook = config.get("hook_name") or config.get("hook_point") or more.get("hook_name") or ""
-    return Dictionary(
-        kind,  # type: ignore[arg-type]
-        **_standard(folder, weights, kind),
+    return built(
+        str(folder),
+        kind,
+        _standard(folder, weights, kind),
         k=int(k) if kind == "topk" and k else None,
         centred=bool(config.get("apply_b_dec_to_input", True)),
         hook=Hook.parse(hook),
@@ -104,9 +105,10 @@ def gemma_scope(folder: Path) -> Dictionary:
     names = "/".join(folder.absolute().parts[-6:])
     layer = re.search(r"layer_(\d+)", names)
     site = next((s for mark, s in SCOPE_SITES.items() if mark in names), "resid_post")
-    return Dictionary(
+    return built(
+        str(folder),
         "jumprelu",
-        **_standard(folder, {n: one.float() for n, one in weights.items()}, "jumprelu"),
+        _standard(folder, {n: one.float() for n, one in weights.items()}, "jumprelu"),
         centred=False,
         hook=Hook(int(layer[1]), site) if layer else None,  # type: ignore[arg-type]
         about={"format": "Gemma Scope"},
@@ -122,9 +124,10 @@ def gemma_scope_2(folder: Path) -> Dictionary:
     weights = {_capital(name): one for name, one in _tensors(folder / "params.safetensors").items()}
     place = config.get("hf_hook_point_in", "")
     _require_same_place(folder, place, config.get("hf_hook_point_out", place))
-    return Dictionary(
+    return built(
+        str(folder),
         "jumprelu",
-        **_standard(folder, weights, "jumprelu"),
+        _standard(folder, weights, "jumprelu"),
         centred=False,
         hook=Hook.parse(place),
         model=config.get("model_name", ""),
@@ -146,10 +149,10 @@ def llama_scope(folder: Path) -> Dictionary:
     threshold = scale * float(_key(folder, config, "jump_relu_threshold"))
     place = str(config.get("hook_point_in", ""))
     _require_same_place(folder, place, config.get("hook_point_out", place))
-    plain = Dictionary(
+    plain = built(
+        str(folder),
         "jumprelu",
-        **found,
-        threshold=torch.full_like(found["b_enc"], threshold),
+        found | {"threshold": torch.full_like(found["b_enc"], threshold)},
         centred=False,
         hook=Hook.parse(place),
         about={"format": "Llama Scope", "hook": place},
@@ -180,12 +183,16 @@ def sparsify(folder: Path) -> Dictionary:
     decoder = _key(folder, weights, "W_dec")
     if decoder.shape != encoder.shape and decoder.t().shape == encoder.shape:
         decoder = decoder.t()
-    return Dictionary(
-        kind,  # type: ignore[arg-type]
-        w_enc=encoder.t(),
-        b_enc=_key(folder, weights, "encoder.bias"),
-        w_dec=decoder,
-        b_dec=_key(folder, weights, "b_dec"),
+    found = {
+        "w_enc": encoder.t(),
+        "b_enc": _key(folder, weights, "encoder.bias"),
+        "w_dec": decoder,
+        "b_dec": _key(folder, weights, "b_dec"),
+    }
+    return built(
+        str(folder),
+        kind,
+        found,
         k=int(_key(folder, config, "k")),
         hook=Hook.parse(folder.absolute().name),
         about={"format": "sparsify"},
@@ -215,14 +222,14 @@ def _leaves_layer(trainer: Mapping[str, Any]) -> bool:
 
 def _learnt_relu(folder: Path, weights: Mapping[str, Tensor], trainer: Any) -> Dictionary:
     centred = "bias" in weights  # AutoEncoderNew has decoder.bias, and takes nothing off
-    return Dictionary("relu", **_linear(folder, weights), centred=centred)
+    return built(str(folder), "relu", _linear(folder, weights), centred=centred)
 
 
 def _learnt_topk(folder: Path, weights: Mapping[str, Tensor], trainer: Any) -> Dictionary:
     k = weights.get("k", trainer.get("k"))
     if k is None:
         raise UserError(f"'{folder}' tells no k", "give config.json as it was published")
-    return Dictionary("topk", **_linear(folder, weights), k=int(k))
+    return built(str(folder), "topk", _linear(folder, weights), k=int(k))
 
 
 def _learnt_batch(folder: Path, weights: Mapping[str, Tensor], trainer: Any) -> Dictionary:
@@ -233,12 +240,13 @@ def _learnt_batch(folder: Path, weights: Mapping[str, Tensor], trainer: Any) -> 
             f"'{folder}' has no threshold yet ({threshold}), so tokens cannot be encoded alone",
             "give a later checkpoint",
         )
-    return Dictionary("jumprelu", **found, threshold=torch.full_like(found["b_enc"], threshold))
+    found["threshold"] = torch.full_like(found["b_enc"], threshold)
+    return built(str(folder), "jumprelu", found)
 
 
 def _learnt_jump(folder: Path, weights: Mapping[str, Tensor], trainer: Any) -> Dictionary:
     standard = _standard(folder, weights, "jumprelu")
-    return Dictionary("jumprelu", **standard, centred=False).normed()
+    return built(str(folder), "jumprelu", standard, centred=False).normed()
 
 
 def _learnt_gated(folder: Path, weights: Mapping[str, Tensor], trainer: Any) -> Dictionary:
@@ -247,7 +255,7 @@ def _learnt_gated(folder: Path, weights: Mapping[str, Tensor], trainer: Any) -> 
         "r_mag": _key(folder, weights, "r_mag"),
         "b_mag": _key(folder, weights, "mag_bias"),
     }
-    return Dictionary("gated", **_linear(folder, renamed), **more).normed()
+    return built(str(folder), "gated", _linear(folder, renamed) | more).normed()
 
 
 LEARNT: dict[str, Callable[[Path, Mapping[str, Tensor], Any], Dictionary]] = {
@@ -275,7 +283,7 @@ def _pickled_weights(path: Path) -> dict[str, Tensor]:
     return {name: one if one.ndim == 0 else one.float() for name, one in found.items()}
 
 
-def _standard(folder: Path, weights: Mapping[str, Tensor], kind: str) -> dict[str, Any]:
+def _standard(folder: Path, weights: Mapping[str, Tensor], kind: str) -> dict[str, Tensor]:
     """Take the tensors of SAELens and Gemma Scope, which lie as ours do."""
     names = {"w_enc": "W_enc", "b_enc": "b_enc", "w_dec": "W_dec", "b_dec": "b_dec"}
     if kind == "gated":
@@ -285,7 +293,7 @@ def _standard(folder: Path, weights: Mapping[str, Tensor], kind: str) -> dict[st
     return {ours: _key(folder, weights, theirs) for ours, theirs in names.items()}
 
 
-def _linear(folder: Path, weights: Mapping[str, Tensor]) -> dict[str, Any]:
+def _linear(folder: Path, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Take the tensors of two ``nn.Linear``: weights [out, in], so transposed."""
     biases = ("b_dec", "bias", "decoder_bias", "decoder.bias")
     name = next((one for one in biases if one in weights), "b_dec")

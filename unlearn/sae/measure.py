@@ -45,12 +45,15 @@ class Recovery:
     zero: float
 
     @property
-    def recovered(self) -> float:
-        """Give the share of what zeros cost that the dictionary saves; NaN if they cost nothing."""
-        cost = self.zero - self.base
-        return (self.zero - self.dictionary) / cost if cost else float("nan")
+    def recovered(self) -> float | None:
+        """Give the share of what zeros cost that the dictionary saves; None if they cost nothing.
 
-    def as_json(self) -> dict[str, float]:
+        Then the layer does not help the model with this text, and nothing can be recovered.
+        """
+        cost = self.zero - self.base
+        return (self.zero - self.dictionary) / cost if cost > 0 else None
+
+    def as_json(self) -> dict[str, float | None]:
         """Give the figures by name."""
         return {f"ce_{name}": value for name, value in asdict(self).items()} | {
             "ce_recovered": self.recovered

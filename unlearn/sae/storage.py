@@ -5,17 +5,16 @@ Nothing is ever unpickled.
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from unlearn.errors import UserError
+from unlearn.errors import UserError, unknown
 from unlearn.runs import write_tensors
 from unlearn.sae import formats
-from unlearn.sae.dictionary import KINDS, TENSORS, Dictionary, check_dictionary
+from unlearn.sae.dictionary import KINDS, TENSORS, Dictionary, built
 from unlearn.sae.hook import Hook
 
 FORMAT = "unlearn-sae-1"
@@ -67,7 +66,7 @@ def load_dictionary(path: Path | str, *, device: str = "cpu") -> Dictionary:
         raise _unknown(path)
     else:
         found = PUBLIC[name](folder)
-    return check_dictionary(found, str(path)).to(device)
+    return found.to(device)
 
 
 def _found(path: Path) -> tuple[str | None, Path]:
@@ -105,10 +104,10 @@ def _ours(path: Path) -> Dictionary:
     with safe_open(path, framework="pt") as file:
         about = json.loads((file.metadata() or {})["dictionary"])
         weights: dict[str, Tensor] = {n: file.get_tensor(n).float() for n in file.keys()}  # noqa: SIM118
-    known = {one.name for one in fields(Dictionary)}
     hook = about.pop("hook")
-    values: dict[str, Any] = {key: about[key] for key in about if key in known}
-    if about["kind"] not in KINDS or not {"w_enc", "b_enc", "w_dec", "b_dec"} <= set(weights):
-        raise UserError(f"'{path}' is damaged: kind or weights are missing", "train it again")
-    values |= {name: one for name, one in weights.items() if name in TENSORS}
-    return Dictionary(**values, hook=Hook(**hook) if hook else None)
+    if about["kind"] not in KINDS:
+        raise unknown("kind of dictionary", about["kind"], KINDS)
+    tensors = {name: one for name, one in weights.items() if name in TENSORS}
+    return built(
+        str(path), about.pop("kind"), tensors, hook=Hook(**hook) if hook else None, **about
+    )

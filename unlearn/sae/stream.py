@@ -130,7 +130,7 @@ class Stream:
         self.reader.epoch, self.reader.place = place["epoch"], place["place"]
 
 
-def without_outliers(vectors: Vectors) -> Vectors:
+def without_outliers(vectors: Vectors) -> Float[Tensor, "kept width"]:
     """Leave out vectors longer than :data:`OUTLIER` times the median length of their batch.
 
     Models put very large vectors on a few positions (attention sinks), which say nothing of the

@@ -26,7 +26,7 @@ class Trained:
     """A trained dictionary of plain activations, and its figures on rows it has not seen."""
 
     dictionary: Dictionary
-    metrics: Mapping[str, float]
+    metrics: Mapping[str, float | None]
 
 
 @dataclass
@@ -92,7 +92,7 @@ class Training:
         found = self.learner.dictionary().folded(self.scale)
         return replace(found, hook=Hook(self.settings.layer))
 
-    def _figures(self, found: Dictionary) -> dict[str, float]:
+    def _figures(self, found: Dictionary) -> dict[str, float | None]:
         if found.kind in OF_BATCH:  # nothing to read single tokens with yet
             return {}
         source, tokens = self.source, self.settings.model_tokens
@@ -100,7 +100,7 @@ class Training:
         told = asdict(fidelity(found, parts, self.ranks))
         return told | {"dead_in_training": float(self.learner.dead.double().mean())}
 
-    def _recovered(self, found: Dictionary) -> dict[str, float]:
+    def _recovered(self, found: Dictionary) -> dict[str, float | None]:
         if found.kind in OF_BATCH:
             return {}
         return recovery(self.source, self.held_out, found, self.settings.model_tokens).as_json()
