@@ -28,7 +28,8 @@ def work(folder: Path, name: str) -> None:
         trained = train_dictionary(model, corpus, TrainSettings(**how))
         weights = trained.dictionary.tensors()
         tensors |= {f"{kind} {key}": value for key, value in weights.items()}
-        figures[kind] = dict(trained.metrics)
+        told = trained.metrics.items()
+        figures[kind] = {key: value for key, value in told if value is not None}
     save_file({key: one.contiguous() for key, one in tensors.items()}, folder / name)
     (folder / f"{name}.json").write_text(json.dumps(figures))
 

@@ -138,6 +138,9 @@ def test_zipfs_law_is_found_again_and_shares_follow_ranks() -> None:
     found = Zipf.fit(shares[torch.randperm(400, generator=torch.Generator().manual_seed(0))])
     assert found.alpha == pytest.approx(1.3, rel=0.02)
     assert Zipf.fit(torch.zeros(5)).alpha == 0.0
+    steep = Zipf(500.0, 4096.0).shares(3)
+    assert float(steep.sum()) == pytest.approx(1.0)
+    assert float(steep[1] / steep[0]) == pytest.approx((4096 / 4097) ** 500)
     places = law.of_latents(torch.tensor([0.1, 0.5, 0.2]))
     assert places.argsort(descending=True).tolist() == [1, 2, 0]
 

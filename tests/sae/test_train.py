@@ -90,22 +90,24 @@ def test_penalised_kinds_explain_and_are_sparse(kind: str, sparsity: float) -> N
     assert told.l0 < 32
 
 
-def test_auxiliary_losses_bring_dead_latents_back() -> None:
-    """Directions far off their data never fire alone; AuxK gives them what is left over."""
-
-    def dead(aux: float) -> float:
-        _, draw = planted()
-        settings = TrainSettings(layer=0, features=64, k=ACTIVE, lr=3e-3, steps=300, batch=256,
-                                 kind="topk", aux=aux, dead_tokens=512)  # fmt: skip
-        learner = Learner(settings, WIDTH)
-        with torch.no_grad():
-            learner.params["b_enc"][32:] = -3.0
-        for _ in range(300):
-            learner.learn(draw(256), 256)
-        return fidelity(learner.dictionary(), [draw(2000)]).dead
-
-    assert dead(0.0) > 0.45
-    assert dead(1 / 32) < dead(0.0) - 0.2
+@pytest.mark.parametrize("aux", [0.0, 1 / 32])
+def test_dead_latents_learn_from_what_is_left_over_and_from_nothing_else(aux: float) -> None:
+    """Half the latents are far below the k largest, yet positive at times: only AuxK moves them."""
+    _, draw = planted()
+    settings = TrainSettings(layer=0, features=64, k=ACTIVE, lr=3e-3, steps=20, batch=256,
+                             aux=aux, dead_tokens=512, warmup_steps=0)  # fmt: skip
+    learner = Learner(settings, WIDTH)
+    with torch.no_grad():
+        learner.params["b_enc"][32:] = -1.2
+    before = {name: one.detach().clone() for name, one in learner.params.items()}
+    shares = [learner.learn(draw(256), 256).dead for _ in range(6)]
+    assert shares[:1] == [0.0]
+    assert shares[-1] == pytest.approx(0.5, abs=0.1)
+    moved = (learner.params["w_dec"] - before["w_dec"]).norm(dim=1)
+    assert bool((moved[:32] > 1e-4).all())
+    dead = learner.silent >= 6 * 256
+    assert int(dead.sum()) > 20
+    assert bool((moved[dead] > 1e-4).any()) == (aux > 0)
 
 
 def test_schedules_by_hand() -> None:
@@ -125,7 +127,9 @@ def test_schedules_by_hand() -> None:
 def test_a_step_is_adam_on_the_mean_loss_with_directions_kept_at_length_1() -> None:
     """Against autograd and torch's Adam on the loss written out."""
     _, draw = planted()
-    settings = TrainSettings(layer=0, features=20, k=4, lr=1e-2, steps=10, warmup_steps=0, decay=0)
+    settings = TrainSettings(
+        layer=0, features=20, k=4, lr=1e-2, steps=10, warmup_steps=0, decay=0.0
+    )
     learner, x = Learner(settings, WIDTH), draw(30)
     copies = {name: one.detach().clone().requires_grad_() for name, one in learner.params.items()}
     adam = torch.optim.Adam(list(copies.values()), lr=1e-2)
@@ -139,7 +143,7 @@ def test_a_step_is_adam_on_the_mean_loss_with_directions_kept_at_length_1() -> N
     adam.step()
     rows.data /= rows.data.norm(dim=1, keepdim=True)
     told = learner.learn(x, 30)
-    assert told.error == pytest.approx(float(error.square().sum(1).mean()), rel=1e-5)
+    assert told.error == pytest.approx(float(error.detach().square().sum(1).mean()), rel=1e-5)
     for name, one in copies.items():
         torch.testing.assert_close(learner.params[name], one, rtol=1e-4, atol=1e-6)
 
@@ -245,8 +249,8 @@ def test_two_processes_learn_what_one_does(kinds: str, tmp_path: Path, tiny_mode
 
 
 @pytest.mark.slow
-def test_a_real_models_activations_are_explained(shared: Path) -> None:
-    """At least 70 % of the variance on texts held out, 32 of 512 latents active."""
+def test_a_real_models_activations_are_explained(shared: Path, tmp_path: Path) -> None:
+    """At least 70 % of the variance on texts held out, with 16 of 512 latents active."""
     from unlearn.models import ModelSource
     from unlearn.recipes.sae import Texts, settings_of, train
 
@@ -254,8 +258,6 @@ def test_a_real_models_activations_are_explained(shared: Path) -> None:
              "buffer": 16384, "context": 128}  # fmt: skip
     source = ModelSource(str(shared / "models" / "stories260k"), offline=True)
     data = Texts(source, f"{shared / 'data' / 'tofu'}#full:train[:1000]", {})
-    with pytest.MonkeyPatch.context() as patch, __import__("tempfile").TemporaryDirectory() as out:
-        patch.setenv("HF_HUB_OFFLINE", "1")
-        found = train(data, settings_of(given, []), Path(out) / "sae")
+    found = train(data, settings_of(given, []), tmp_path / "sae")
     assert found["metrics"]["variance_explained"] > 0.7
     assert found["metrics"]["ce_recovered"] > 0.7

@@ -72,6 +72,7 @@ def aux_k(
     ``min(dead/k_aux, 1) ||ê - e||²``, e = x - x̂ without gradient, ê = a_aux W_dec (no bias): Gao et
     al. 2024, arXiv:2406.04093, appendix A.2. Deviation: not divided by the variance of e (as
     dictionary_learning does) or of x (sparsify), so its weight is a share of the squared error.
+    Of the largest, only the positive count, as in both (SAELens lets negative ones count too).
     """
     return aux_zipf(error, pre, w_dec, dead.to(pre.dtype), k_aux)
 

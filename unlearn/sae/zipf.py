@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-BETAS = (0.0, *np.geomspace(0.25, 4096, 57).tolist())
-"""Offsets that are tried; 0 stands for 1, as rank 0 needs one."""
+BETAS = tuple(np.geomspace(0.25, 4096, 57).tolist())
+"""Offsets that are tried."""
 KEPT = 0.8
 """Share of the ranks, in the middle, that the law is fitted to."""
 
@@ -30,7 +30,8 @@ class Zipf:
     def fit(cls, frequency: Float[Tensor, " latent"]) -> "Zipf":
         """Fit the law by least squares of log frequency over the middle 80 % of the ranks.
 
-        Latents that never fired have no logarithm and stay out. A law that would rise is flat.
+        Latents that never fired have no logarithm and stay out, as dead ones should. A law that
+        would rise is flat.
         """
         found = np.sort(frequency.double().cpu().numpy())[::-1]
         found = found[found > 0]
@@ -39,14 +40,16 @@ class Zipf:
         logs = np.log(found[cut : len(found) - cut])
         if len(ranks) < 3:
             return cls(0.0, 1.0)
-        fits = [(*_line(np.log(ranks + (beta or 1.0)), logs), beta or 1.0) for beta in BETAS]
+        fits = [(*_line(np.log(ranks + beta), logs), beta) for beta in BETAS]
         _, slope, beta = min(fits)
         return cls(max(0.0, -slope), beta)
 
     def shares(self, number: int) -> Float[Tensor, " rank"]:
         """Give every rank's share of all firings; they sum to 1."""
-        found = (torch.arange(number, dtype=torch.float64) + self.beta) ** -self.alpha
-        return found / found.sum()
+        ranks = torch.arange(number, dtype=torch.float64)
+        return (-self.alpha * (ranks + self.beta).log()).softmax(
+            0
+        )  # a steep law underflows nowhere
 
     def of_latents(self, frequency: Float[Tensor, " latent"]) -> Float[Tensor, " latent"]:
         """Give every latent the share of its rank by frequency; ties in their order."""
@@ -65,7 +68,8 @@ def need(
     frequency: Float[Tensor, " latent"], expected: Float[Tensor, " latent"]
 ) -> Float[Tensor, " latent"]:
     """Give ``clip(1 - n/n*, 0, 1)``: 1 for a latent that never fires, 0 where it is enough."""
-    return (1 - frequency / expected).clamp(0, 1)
+    tiny = torch.finfo(expected.dtype).tiny
+    return (1 - frequency / expected.clamp(min=tiny)).clamp(0, 1)
 
 
 def _line(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
