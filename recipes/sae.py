@@ -146,13 +146,14 @@ def _check_sizes(source: models.ModelSource, settings: TrainSettings) -> None:
 
 
 def _logged(emit: Emit, out: Path, ranks: Ranks) -> Emit:
-    """Let one rank keep what is told in ``events.jsonl`` too, of steps every fiftieth."""
+    """Let one rank keep what is told in ``events.jsonl`` too, of steps every fiftieth and the last."""
     folder = RunFolder(out)
 
     def tell(event: dict[str, Any]) -> None:
         emit(event)
-        often = event["event"] == "learnt" and event["step"] % LOGGED
-        if ranks.rank == 0 and not often:
+        step, last = event.get("step", 0), event.get("of")
+        kept = event["event"] != "learnt" or step % LOGGED == 0 or step == last
+        if ranks.rank == 0 and kept:
             out.mkdir(parents=True, exist_ok=True)
             folder.append_event(event)
 
