@@ -34,6 +34,16 @@ Settings = Annotated[
 ]
 
 
+Joined = Annotated[
+    str | None,
+    typer.Option(
+        "--template",
+        metavar="TEXT",
+        help="How questions and answers are joined: 'Q: {question}\\nA: '; else the chat template.",
+    ),
+]
+
+
 @app.command(
     epilog="Example: [bold]unlearn sae train models/target --data texts.jsonl --layer 2 "
     "--features 1024 --kind topk --k 32 --steps 2000 --out saes/layer2[/bold]"
@@ -57,6 +67,7 @@ def train(
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of everything that is drawn; 0.")] = None,
     map_: Map = None,
+    template: Joined = None,
     set_: Settings = None,
     recipe: RecipeFile = None,
     offline: Offline = False,
@@ -74,7 +85,7 @@ def train(
     settings = settings_of({**given, "seed": seed}, set_ or [])
     check_folder(out)
     go_offline(offline)
-    texts = _texts(model, data, map_, offline=offline)
+    texts = _texts(model, data, map_, template, offline=offline)
     with joined_ranks() as first, listening(quiet=not first) as emit, naming(out), _resumable(out):
         from unlearn.recipes.sae import train as train_into
 
@@ -104,6 +115,7 @@ def inspect(
         int, typer.Option(min=1, help="Rows of text that are measured, of 1024 tokens each.")
     ] = 32,
     map_: Map = None,
+    template: Joined = None,
     offline: Offline = False,
     json: Json = False,
 ) -> None:
@@ -123,7 +135,7 @@ def inspect(
     loaded = load_dictionary(dictionary)
     found = described(loaded) | {"file": str(dictionary)}
     if model is not None and data is not None:
-        texts = _texts(model, data, map_, offline=offline)
+        texts = _texts(model, data, map_, template, offline=offline)
         with listening() as emit:
             found |= measured(
                 loaded, texts, name=str(dictionary), layer=layer, max_rows=max_rows, emit=emit
@@ -131,12 +143,15 @@ def inspect(
     say(found, json=json, people=_show)
 
 
-def _texts(model: str, data: str, map_: list[str] | None, *, offline: bool) -> Any:
+def _texts(
+    model: str, data: str, map_: list[str] | None, template: str | None, *, offline: bool
+) -> Any:
     from unlearn.cli.data import columns_of
     from unlearn.models import ModelSource
     from unlearn.recipes.sae import Texts
 
-    return Texts(ModelSource(model, offline=offline), data, columns_of(map_ or []))
+    joined = template.replace("\\n", "\n") if template is not None else None
+    return Texts(ModelSource(model, offline=offline), data, columns_of(map_ or []), joined)
 
 
 @contextmanager

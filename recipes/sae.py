@@ -1,7 +1,7 @@
 """Dictionaries from models and texts named by their places: trained into a folder, or measured."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,17 +32,18 @@ Emit = Callable[[dict[str, Any]], None]
 
 @dataclass(frozen=True)
 class Texts:
-    """A model, and the texts that go through it."""
+    """A model, and the texts that go through it; ``template`` joins questions and answers."""
 
     source: models.ModelSource
     data: str
-    columns: Mapping[str, str]
+    columns: Mapping[str, str] = field(default_factory=dict)
+    template: str | None = None
 
     def corpus(self, *, context: int, pack: bool) -> tuple[Corpus, int]:
         """Read and tokenise the texts; give them with the id to pad with."""
         rows = load_rows(self.data, columns=self.columns, offline=self.source.offline)
         tokenizer = models.load_tokenizer(self.source)
-        template = Template.for_tokenizer(tokenizer)
+        template = Template.for_tokenizer(tokenizer, self.template)
         examples = encode(rows, tokenizer, template, max_length=WHOLE, source=self.data)
         pad_id = pad_token_id(tokenizer)
         used = {token for one in examples for token in one.input_ids}
@@ -146,7 +147,7 @@ def _check_sizes(source: models.ModelSource, settings: TrainSettings) -> None:
 
 
 def _logged(emit: Emit, out: Path, ranks: Ranks) -> Emit:
-    """Let one rank keep what is told in ``events.jsonl`` too, of steps every fiftieth and the last."""
+    """Let one rank keep what is told in ``events.jsonl`` too, steps each fiftieth and last."""
     folder = RunFolder(out)
 
     def tell(event: dict[str, Any]) -> None:

@@ -257,7 +257,7 @@ def test_a_real_models_activations_are_explained(shared: Path, tmp_path: Path) -
     given = {"layer": 2, "kind": "topk", "features": 512, "k": 16, "steps": 600, "batch": 512,
              "buffer": 16384, "context": 128}  # fmt: skip
     source = ModelSource(str(shared / "models" / "stories260k"), offline=True)
-    data = Texts(source, f"{shared / 'data' / 'tofu'}#full:train[:1000]", {})
+    data = Texts(source, f"{shared / 'data' / 'tofu'}#full:train[:1000]", template="{question} ")
     found = train(data, settings_of(given, []), tmp_path / "sae")
     assert found["metrics"]["variance_explained"] > 0.7
     assert found["metrics"]["ce_recovered"] > 0.7
