@@ -112,7 +112,7 @@ def inspect(
         int | None, typer.Option(min=0, metavar="N", help="at this layer, if the file is silent.")
     ] = None,
     max_rows: Annotated[
-        int, typer.Option(min=1, help="Rows of text that are measured, of 1024 tokens each.")
+        int, typer.Option(min=1, help="Rows of text that are measured, as long as in its training.")
     ] = 32,
     map_: Map = None,
     template: Joined = None,
@@ -179,6 +179,10 @@ def _shown(emit: Emit) -> Emit:
             emit({"event": "progress", "what": what, "done": event["step"], "total": event["of"]})
         elif event["event"] == "resumed":
             emit({"event": "stage", "stage": f"going on after step {event['step']}"})
+        elif event["event"] == "measured":
+            explained = number(event.get("variance_explained"))
+            said = f"training on; after step {event['step']} {explained} of the variance explained"
+            emit({"event": "stage", "stage": said})
         else:
             emit(event)
 

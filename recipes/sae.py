@@ -209,17 +209,20 @@ def measured(
     name: str,
     layer: int | None = None,
     max_rows: int = 32,
-    context: int = 1024,
     emit: Emit = lambda event: None,
 ) -> dict[str, Any]:
     """Measure a dictionary on texts: variance explained, L0, dead share, cross-entropy recovered.
+
+    Rows are as long, and packed or apart, as those it was trained on, where it says so.
 
     Raises:
         UserError: the dictionary is for another width or layer, or its layer is not known.
     """
     check_model_folder(texts.source.path)
     emit({"event": "stage", "stage": "reading the texts"})
-    corpus, pad_id = texts.corpus(context=context, pack=True)
+    trained = dictionary.about.get("settings") or {}
+    context, pack = trained.get("context", 1024), trained.get("pack", True)
+    corpus, pad_id = texts.corpus(context=context, pack=pack)
     emit({"event": "stage", "stage": "load"})
     model = models.load_model(texts.source)
     place = dictionary.hook.leaves if dictionary.hook else None

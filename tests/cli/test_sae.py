@@ -69,14 +69,15 @@ def test_a_stopped_training_goes_on_with_the_same_command(
 ) -> None:
     from unlearn.sae.train import Training
 
-    whole = train("--set", "save_steps=2", out="whole", steps=6)
+    whole = train("--set", "save_steps=2", "--set", "eval_steps=3", out="whole", steps=6)
     assert whole.code == 0, whole.err
+    assert "after step 3" in whole.err
     before, count = Training._step, []
 
     def stopping(self: Training) -> None:
         before(self)
         count.append(1)
-        if len(count) == 5:
+        if len(count) == 5:  # saved after step 4
             signal.raise_signal(signal.SIGTERM)
 
     monkeypatch.setattr(Training, "_step", stopping)

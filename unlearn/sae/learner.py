@@ -165,7 +165,7 @@ class Learner:
 
     def _fit_zipf(self) -> None:
         """Fit the law once the warm-up is over; thresholds of one latent each begin anew."""
-        if self.settings.kind in CHOICE and self.step == self.settings.choice_step and self.step:
+        if self.settings.kind in CHOICE and self.step == self.settings.choice_step:
             self.zipf = Zipf.fit(self.frequency[~self.dead])
             if self.settings.kind == "feature":
                 self.threshold = torch.full_like(self.threshold, math.nan)

@@ -99,7 +99,7 @@ class TrainSettings:
     @property
     def choice_step(self) -> int:
         """Give the step at which Zipf's law is fitted and Feature Choice begins."""
-        return int(self.choice_warmup * self.steps)
+        return max(1, int(self.choice_warmup * self.steps))
 
     @property
     def threshold_step(self) -> int:

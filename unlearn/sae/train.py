@@ -6,8 +6,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from unlearn.errors import UserError
 from unlearn.ranks import Ranks
 from unlearn.sae.corpus import Corpus
 from unlearn.sae.dictionary import OF_BATCH, Dictionary
@@ -66,7 +68,7 @@ class Training:
             if step % self.settings.eval_steps == 0 and step < steps:
                 self.emit({"event": "measured", "step": step, **self._figures(self.folded())})
         found = self.folded()
-        metrics = self._figures(found) | self._recovered(found)
+        metrics = self._figures(found)
         about: dict[str, Any] = {
             "trained_as": self.settings.kind,
             "settings": asdict(self.settings),
@@ -93,17 +95,14 @@ class Training:
         return replace(found, hook=Hook(self.settings.layer))
 
     def _figures(self, found: Dictionary) -> dict[str, float | None]:
-        if found.kind in OF_BATCH:  # nothing to read single tokens with yet
+        """Measure on the rows held out; nothing while single tokens cannot be read yet."""
+        if found.kind in OF_BATCH:
             return {}
         source, tokens = self.source, self.settings.model_tokens
         parts = held_out_activations(source, self.held_out, tokens)
-        told = asdict(fidelity(found, parts, self.ranks))
-        return told | {"dead_in_training": float(self.learner.dead.double().mean())}
-
-    def _recovered(self, found: Dictionary) -> dict[str, float | None]:
-        if found.kind in OF_BATCH:
-            return {}
-        return recovery(self.source, self.held_out, found, self.settings.model_tokens).as_json()
+        told: dict[str, float | None] = asdict(fidelity(found, parts, self.ranks))
+        told["dead_in_training"] = float(self.learner.dead.double().mean())
+        return told | recovery(source, self.held_out, found, tokens).as_json()
 
     def save(self) -> None:
         """Write all that the next steps depend on, the shuffled vectors too."""
@@ -118,7 +117,14 @@ class Training:
         self.ranks.first(lambda: keep(path, tensors, about, self.names))
 
     def _resume(self) -> None:
-        if self.checkpoint is None or not (found := kept(self.checkpoint, self.names)):
+        found = self.checkpoint and kept(self.checkpoint, self.names)
+        begun = self.ranks.add(torch.tensor([int(bool(found))]))
+        if int(begun) not in (0, self.ranks.size):
+            raise UserError(
+                f"'{self.checkpoint}' is seen by {int(begun)} of {self.ranks.size} processes",
+                "put --out on a disk that all of them share",
+            )
+        if not found:
             return
         tensors, about = found
         self.learner.load(_under("learner.", tensors), about["learner"])
