@@ -9,6 +9,7 @@ import torch
 from unlearn.errors import UserError
 from unlearn.sae.buffer import ShuffleBuffer
 from unlearn.sae.corpus import Corpus, Reader, apart, kept_positions, packed
+from unlearn.sae.dictionary import Dictionary
 from unlearn.sae.measure import fidelity, recovery
 from unlearn.sae.splice import spliced
 from unlearn.sae.stream import Activations, Stream, scale_of, without_outliers
@@ -179,6 +180,21 @@ def test_activations_that_are_no_numbers_are_refused(tiny_model: Any) -> None:
         Activations(tiny_model, long_rows(), 5)
 
 
+def test_a_bfloat16_model_gives_float32_vectors_and_is_spliced_in_its_own_type(
+    tiny_model: Any,
+) -> None:
+    exact = Activations(tiny_model, long_rows(), 0).of_rows([0, 1])
+    coarse = Activations(tiny_model.bfloat16(), long_rows(), 0)
+    found = coarse.of_rows([0, 1])
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, exact, rtol=0.05, atol=0.02)
+    eye = torch.eye(32)
+    both = torch.cat([eye, -eye])
+    same = Dictionary("relu", both.t(), torch.zeros(64), both, torch.zeros(32))
+    told = recovery(coarse, [0, 1], same, 100)
+    assert told.dictionary == pytest.approx(told.base, rel=1e-3)
+
+
 def test_a_stream_gives_all_vectors_of_an_epoch_and_goes_on_from_its_state(
     tiny_model: Any,
 ) -> None:
@@ -225,8 +241,6 @@ def test_recovery_compares_the_models_own_loss_with_both_replacements(
     tiny_model: Any, build: Any
 ) -> None:
     """A dictionary that gives its input back recovers all, one that gives 0 nothing."""
-    from unlearn.sae.dictionary import Dictionary
-
     eye = torch.eye(32)
     both = torch.cat([eye, -eye])
     perfect = Dictionary("relu", both.t(), torch.zeros(64), both, torch.zeros(32))

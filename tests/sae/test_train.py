@@ -120,6 +120,7 @@ def test_schedules_by_hand() -> None:
     assert rates[99] == pytest.approx(8e-4 / 20)
     assert [how.sparsity_at(step) for step in (0, 4, 50)] == pytest.approx([0.2, 1.0, 1.0])
     assert (how.dead_after, how.threshold_step, how.choice_step) == (500, 50, 30)
+    assert TrainSettings(layer=0, choice_warmup=0.0).choice_step == 1
     long = TrainSettings(layer=0, steps=100_000)
     assert (long.dead_after, long.threshold_step) == (10_000_000, 1000)
 

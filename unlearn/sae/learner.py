@@ -148,9 +148,17 @@ class Learner:
         return latents
 
     def _raise(self, smallest: Float[Tensor, " latent"], keep: float) -> None:
-        """Let thresholds follow the smallest activation kept; NaN tells nothing."""
-        if self.step < self.settings.threshold_step:
+        """Let thresholds follow the smallest activation kept; NaN tells nothing.
+
+        A running mean from its first value would hold on to it for ``1 / (1 - keep)`` steps, longer
+        than a short training lasts: until then it is the plain mean.
+        """
+        how = self.settings
+        own = how.kind == "feature" and self.zipf
+        age = self.step - max(how.threshold_step, how.choice_step if own else 0)
+        if age < 0:
             return
+        keep = min(keep, age / (age + 1))
         fresh = self.threshold.isnan()
         moved = torch.where(fresh, smallest, keep * self.threshold + (1 - keep) * smallest)
         self.threshold = torch.where(smallest.isnan(), self.threshold, moved)
