@@ -10,7 +10,7 @@ from unlearn.errors import UserError
 from unlearn.sae.buffer import ShuffleBuffer
 from unlearn.sae.corpus import Corpus, Reader, apart, kept_positions, packed
 from unlearn.sae.dictionary import Dictionary
-from unlearn.sae.measure import fidelity, recovery
+from unlearn.sae.measure import Recovery, fidelity, recovery
 from unlearn.sae.splice import spliced
 from unlearn.sae.stream import Activations, Stream, scale_of, without_outliers
 
@@ -240,19 +240,26 @@ def test_fidelity_is_its_formula(build: Any) -> None:
 def test_recovery_compares_the_models_own_loss_with_both_replacements(
     tiny_model: Any, build: Any
 ) -> None:
-    """A dictionary that gives its input back recovers all, one that gives 0 nothing."""
+    """A dictionary that gives its input back loses nothing; one that gives 0 is as bad as zeros."""
     eye = torch.eye(32)
     both = torch.cat([eye, -eye])
     perfect = Dictionary("relu", both.t(), torch.zeros(64), both, torch.zeros(32))
     source = Activations(tiny_model, long_rows(), 0)
     found = recovery(source, list(range(12)), perfect, 100)
-    assert found.recovered == pytest.approx(1.0, abs=1e-5)
+    assert found.dictionary == pytest.approx(found.base, rel=1e-6)
     nothing = Dictionary("relu", both.t(), torch.full((64,), -1e9), both, torch.zeros(32))
-    assert recovery(source, list(range(12)), nothing, 100).recovered == pytest.approx(0.0, abs=1e-9)
+    told = recovery(source, list(range(12)), nothing, 100)
+    assert told.dictionary == told.zero == found.zero != found.base
     sums, count = 0.0, 0
     for row in rows_of(source.corpus):
         logits = tiny_model(torch.tensor([row])).logits[0, :-1].double().log_softmax(-1)
         sums -= float(logits.detach().gather(1, torch.tensor(row[1:])[:, None]).sum())
         count += len(row) - 1
     assert found.base == pytest.approx(sums / count, rel=1e-5)
-    assert found.zero > 0
+
+
+def test_what_is_recovered_by_hand() -> None:
+    """Zeros cost 2 nats, the dictionary 0.5: three quarters. Where zeros cost nothing: None."""
+    assert Recovery(base=1.0, dictionary=1.5, zero=3.0).recovered == 0.75
+    assert Recovery(base=3.0, dictionary=1.5, zero=3.0).recovered is None
+    assert Recovery(base=3.0, dictionary=3.5, zero=2.0).as_json()["ce_recovered"] is None

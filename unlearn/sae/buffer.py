@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-Vectors = Float[Tensor, "vector width"]
+Vectors = Float[Tensor, "_ width"]
 
 
 @dataclass

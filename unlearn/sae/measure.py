@@ -63,7 +63,7 @@ class Recovery:
 @torch.no_grad()
 def fidelity(
     dictionary: Dictionary,
-    parts: Iterable[Float[Tensor, "token width"]],
+    parts: Iterable[Float[Tensor, "_ width"]],
     ranks: Ranks | None = None,
 ) -> Fidelity:
     """Measure reconstructions; every rank gives parts of its own, and gets the result of all."""
@@ -89,7 +89,7 @@ def fidelity(
 
 def held_out_activations(
     source: Activations, rows: Sequence[int], tokens: int
-) -> Iterator[Float[Tensor, "token width"]]:
+) -> Iterator[Float[Tensor, "_ width"]]:
     """Give this rank's share of the activations of rows."""
     ranks, size = Ranks.of(source.model), source.rows_per_batch(tokens)
     for number, start in enumerate(range(0, len(rows), size)):

@@ -17,7 +17,7 @@ from unlearn.scoring import CPU_TOKENS, evaluation_mode
 
 OUTLIER = 10.0
 """Vectors longer than this many times the median of their batch are left out."""
-Vectors = Float[Tensor, "vector width"]
+Vectors = Float[Tensor, "_ width"]
 
 
 @dataclass
@@ -130,7 +130,7 @@ class Stream:
         self.reader.epoch, self.reader.place = place["epoch"], place["place"]
 
 
-def without_outliers(vectors: Vectors) -> Float[Tensor, "kept width"]:
+def without_outliers(vectors: Vectors) -> Vectors:
     """Leave out vectors longer than :data:`OUTLIER` times the median length of their batch.
 
     Models put very large vectors on a few positions (attention sinks), which say nothing of the
