@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from unlearn.errors import UserError
+from unlearn.errors import RunFailed, UserError
 from unlearn.sae.corpus import Corpus, apart
 from unlearn.sae.dictionary import KINDS, Dictionary
 from unlearn.sae.learner import Learner
@@ -211,6 +211,15 @@ def test_trained_dictionaries_read_plain_activations(tiny_model: Any) -> None:
     assert trained.metrics["variance_explained"] == pytest.approx(explained, abs=1e-5)
     assert explained > 0.3
     assert trained.metrics["l0"] == 4
+
+
+def test_a_loss_that_is_no_number_ends_the_training(tiny_model: Any, tmp_path: Path) -> None:
+    training = Training(Activations(tiny_model, texts(), 0), small(), tmp_path / "training")
+    with torch.no_grad():
+        training.learner.params["w_enc"][0, 0] = torch.inf
+    with pytest.raises(RunFailed, match="not finite at step 1"):
+        training.run()
+    assert not (tmp_path / "training").exists()
 
 
 def test_too_many_active_latents_are_refused(tiny_model: Any) -> None:

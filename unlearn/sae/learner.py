@@ -18,6 +18,7 @@ from unlearn.sae.zipf import Zipf, budgets, need
 
 Activation = Float[Tensor, "token width"]
 Latents = Float[Tensor, "token latent"]
+Terms = dict[str, tuple[float, Tensor]]
 SLOW, QUICK = 0.999, 0.99
 """How much of a running mean stays per step: of one threshold for all; of each latent's."""
 
@@ -100,32 +101,34 @@ class Learner:
             found["threshold"] = found.pop("log_theta").exp()
         return Dictionary(self.settings.kind, **found, k=self.settings.k)
 
-    def _terms(self, x: Activation, total: int) -> tuple[Latents, dict[str, tuple[float, Tensor]]]:
+    def _terms(self, x: Activation, total: int) -> tuple[Latents, Terms]:
         """Give the latents, and every loss per token with its weight."""
-        view, how = self._view(), self.settings
+        view = self._view()
         pre = view.pre(x)
         latents = self._choose(view, pre, total)
         reconstruction = view.decode(latents)
-        terms = {"error": (1.0, losses.squared_error(x, reconstruction))}
-        if how.kind in UNIT:
-            if how.aux:
-                terms["auxiliary"] = how.aux, self._auxiliary(x - reconstruction, pre, view)
-            return latents, terms
-        norms, weight = view.norms(), how.sparsity_at(self.step)
-        if how.kind == "jumprelu":
-            assert view.threshold is not None
-            if how.jump_penalty == "step":
-                sparsity = losses.l0(pre, view.threshold, how.bandwidth)
-            else:
-                sparsity = losses.tanh_l0(latents, norms)
-            pulled = losses.pre_activation(pre, view.threshold, norms, self.dead)
-            terms["auxiliary"] = how.pre_act, pulled
-        else:
-            sparsity = losses.l1(pre.relu(), norms)
-        terms["penalty"] = weight, sparsity
-        if how.kind == "gated":
-            terms["auxiliary"] = 1.0, losses.gate_error(x, pre, view.w_dec, view.b_dec)
+        terms: Terms = {"error": (1.0, losses.squared_error(x, reconstruction))}
+        if self.settings.kind not in UNIT:
+            return latents, terms | self._penalties(x, pre, latents, view)
+        if self.settings.aux:
+            terms["auxiliary"] = self.settings.aux, self._auxiliary(x - reconstruction, pre, view)
         return latents, terms
+
+    def _penalties(self, x: Activation, pre: Latents, latents: Latents, view: Dictionary) -> Terms:
+        """Give what keeps the kinds sparse whose latents are not counted."""
+        how, norms, weight = self.settings, view.norms(), self.settings.sparsity_at(self.step)
+        if how.kind != "jumprelu":
+            terms: Terms = {"penalty": (weight, losses.l1(pre.relu(), norms))}
+            if how.kind == "gated":
+                terms["auxiliary"] = 1.0, losses.gate_error(x, pre, view.w_dec, view.b_dec)
+            return terms
+        assert view.threshold is not None
+        if how.jump_penalty == "step":
+            sparsity = losses.l0(pre, view.threshold, how.bandwidth)
+        else:
+            sparsity = losses.tanh_l0(latents, norms)
+        pulled = losses.pre_activation(pre, view.threshold, norms, self.dead)
+        return {"penalty": (weight, sparsity), "auxiliary": (how.pre_act, pulled)}
 
     def _choose(self, view: Dictionary, pre: Latents, total: int) -> Latents:
         how = self.settings

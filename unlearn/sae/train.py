@@ -1,6 +1,7 @@
 """Training a dictionary on what leaves a layer, from the first batch to the measured result."""
 
 import hashlib
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unlearn.errors import UserError
+from unlearn.errors import RunFailed, UserError
 from unlearn.ranks import Ranks
 from unlearn.sae.corpus import Corpus
 from unlearn.sae.dictionary import OF_BATCH, Dictionary
@@ -85,6 +86,9 @@ class Training:
         self._tell(self.learner.learn(own * self.scale, len(whole)))
 
     def _tell(self, told: Told) -> None:
+        if not math.isfinite(told.error):
+            where = f"step {self.learner.step}"
+            raise RunFailed(f"the loss is not finite at {where}", "lower lr, or sparsity")
         named = {f"sae/{name}": value for name, value in asdict(told).items()}
         step = {"step": self.learner.step, "of": self.settings.steps}
         self.emit({"event": "learnt", **step, **named})
