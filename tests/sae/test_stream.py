@@ -180,6 +180,36 @@ def test_activations_that_are_no_numbers_are_refused(tiny_model: Any) -> None:
         Activations(tiny_model, long_rows(), 5)
 
 
+def other_family(name: str) -> Any:
+    """A decoder that keeps its layers elsewhere than Llama does."""
+    from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM
+
+    torch.manual_seed(0)
+    if name == "gpt2":
+        config: Any = GPT2Config(vocab_size=300, n_positions=64, n_embd=32, n_layer=2, n_head=2,
+                                 bos_token_id=1, eos_token_id=2)  # fmt: skip
+        return GPT2LMHeadModel(config).eval()
+    config = GPTNeoXConfig(vocab_size=300, hidden_size=32, num_hidden_layers=2,
+                           num_attention_heads=2, intermediate_size=48,
+                           max_position_embeddings=64, bos_token_id=1, eos_token_id=2)  # fmt: skip
+    return GPTNeoXForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("name", ["gpt2", "neox"])
+def test_other_families_are_read_and_spliced(name: str) -> None:
+    model, corpus = other_family(name), long_rows(front=0)
+    source = Activations(model, corpus, 0)
+    row = torch.tensor([rows_of(corpus)[2]])
+    expected = model(row, output_hidden_states=True).hidden_states[1][0]
+    torch.testing.assert_close(source.of_rows([2]), expected.detach())
+    eye = torch.eye(32)
+    both = torch.cat([eye, -eye])
+    same = Dictionary("relu", both.t(), torch.zeros(64), both, torch.zeros(32))
+    told = recovery(source, [0, 1, 2], same, 100)
+    assert told.dictionary == pytest.approx(told.base, rel=1e-6)
+    assert told.zero != told.base
+
+
 def test_a_bfloat16_model_gives_float32_vectors_and_is_spliced_in_its_own_type(
     tiny_model: Any,
 ) -> None:
