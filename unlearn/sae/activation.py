@@ -16,7 +16,7 @@ Latents = Float[Tensor, "*token latent"]
 
 
 def top_k(pre: Latents, k: int) -> Latents:
-    """Keep the k largest of each token, and of those the positive (Gao et al. 2024, eq. 3)."""
+    """Keep the k largest of each token, and of those the positive (Gao et al. 2024)."""
     values, places = pre.topk(k, dim=-1)
     return torch.zeros_like(pre).scatter(-1, places, values.relu())
 
@@ -30,7 +30,7 @@ def thresholded(pre: Latents, threshold: Float[Tensor, " latent"]) -> Latents:
 
 
 def gated(pi: Latents, magnitude: Latents) -> Latents:
-    """Give ``1[pi > 0] * relu(magnitude)`` (Rajamanoharan et al. 2024, arXiv:2404.16014, eq. 6)."""
+    """Give ``1[pi > 0] * relu(magnitude)`` (Rajamanoharan et al. 2024, arXiv:2404.16014)."""
     return magnitude.relu() * (pi > 0)
 
 
@@ -39,7 +39,7 @@ def batch_top_k(
 ) -> tuple[Float[Tensor, "token latent"], Float[Tensor, ""]]:
     """Keep the ``number`` largest of relu(pre) over all tokens and latents, and the smallest kept.
 
-    BatchTopK (Bussmann et al. 2024, arXiv:2412.06410, eq. 4); Mutual Choice is the same rule (see
+    BatchTopK (Bussmann et al. 2024, arXiv:2412.06410); Mutual Choice is the same rule (see
     :mod:`unlearn.sae.zipf`). Exact ties of the last one are all kept. NaN if none is positive.
     """
     latents = pre.relu()
@@ -129,7 +129,7 @@ def jump(
     """Give :func:`thresholded`, with a gradient for the threshold.
 
     d a/d theta = -(theta / bandwidth) 1[|pre - theta| < bandwidth/2], d a/d pre = 1[pre > theta]:
-    the straight-through estimate of Rajamanoharan et al. 2024, arXiv:2407.14435, eq. 11.
+    the straight-through estimate of Rajamanoharan et al. 2024, arXiv:2407.14435.
     """
     return _Jump.apply(pre, threshold, bandwidth)
 
@@ -139,6 +139,6 @@ def step(
 ) -> Float[Tensor, "token latent"]:
     """Give ``1[pre > theta]``, whose sum is the L0, with a gradient for the threshold alone.
 
-    d H/d theta = -(1 / bandwidth) 1[|pre - theta| < bandwidth/2]: arXiv:2407.14435, eq. 12.
+    d H/d theta = -(1 / bandwidth) 1[|pre - theta| < bandwidth/2]: arXiv:2407.14435.
     """
     return _Step.apply(pre, threshold, bandwidth)

@@ -84,7 +84,7 @@ class Dictionary:
     def magnitude(self, pi: Float[Tensor, "*token latent"]) -> Float[Tensor, "*token latent"]:
         """Give what enters the magnitudes of a gated dictionary, from what enters its gate.
 
-        ``x W_enc e^{r_mag} + b_mag``: both share W_enc (Rajamanoharan et al. 2024, eq. 7).
+        ``x W_enc e^{r_mag} + b_mag``: both share W_enc (Rajamanoharan et al. 2024).
         """
         assert self.r_mag is not None
         assert self.b_mag is not None

@@ -29,7 +29,7 @@ def l1(latents: Latents, norms: PerLatent) -> PerToken:
 def l0(pre: Latents, threshold: PerLatent, bandwidth: float) -> PerToken:
     """Give the number of latents above their threshold; its gradient is that of ``step``.
 
-    Rajamanoharan et al. 2024, arXiv:2407.14435, eq. 9.
+    Rajamanoharan et al. 2024, arXiv:2407.14435.
     """
     return step(pre, threshold, bandwidth).sum(-1)
 
@@ -54,8 +54,8 @@ def gate_error(
 ) -> PerToken:
     """Give ``||x - (relu(pi) W_dec + b_dec)||²``: the gate alone must reconstruct, too.
 
-    Rajamanoharan et al. 2024, arXiv:2404.16014, eq. 8: with a frozen copy of the decoder, so only
-    the gate learns from it. (SAELens lets the decoder learn from it.)
+    Rajamanoharan et al. 2024, arXiv:2404.16014: with a frozen copy of the decoder (recalled,
+    not read again for this), so only the gate learns from it. (SAELens lets the decoder learn from it.)
     """
     return squared_error(x, pi.relu() @ w_dec.detach() + b_dec.detach())
 
@@ -70,7 +70,7 @@ def aux_k(
     """Let the ``k_aux`` largest dead latents of each token explain what the others left over.
 
     ``min(dead/k_aux, 1) ||ê - e||²``, e = x - x̂ without gradient, ê = a_aux W_dec (no bias): Gao et
-    al. 2024, arXiv:2406.04093, appendix A.2. Deviation: not divided by the variance of e (as
+    al. 2024, arXiv:2406.04093. Deviation: not divided by the variance of e (as
     dictionary_learning does) or of x (sparsify), so its weight is a share of the squared error.
     Of the largest, only the positive count, as in both (SAELens lets negative ones count too).
     """
