@@ -54,7 +54,7 @@ def gate_error(
 ) -> PerToken:
     """Give ``||x - (relu(pi) W_dec + b_dec)||²``: the gate alone must reconstruct, too.
 
-    Rajamanoharan et al. 2024, arXiv:2404.16014, where a frozen copy of the decoder is used (recalled,
+    Rajamanoharan et al. 2024, arXiv:2404.16014, which uses a frozen copy of the decoder (recalled,
     not looked up for this): only the gate learns from it. SAELens lets the decoder learn, too.
     """
     return squared_error(x, pi.relu() @ w_dec.detach() + b_dec.detach())
