@@ -16,6 +16,7 @@ from unlearn.cli import (
     reapply,
     recipes,
     report,
+    sae,
     select,
     sweep,
 )
@@ -51,6 +52,7 @@ data.app.command(epilog=select.EPILOG)(select.select)
 app.add_typer(data.app, name="data", rich_help_panel=BEFORE)
 app.add_typer(recipes.app, name="recipes", rich_help_panel=BEFORE)
 app.add_typer(curvature.app, name="curvature", rich_help_panel=BEFORE)
+app.add_typer(sae.app, name="sae", rich_help_panel=BEFORE)
 app.add_typer(edit.app, name="edit", rich_help_panel=AFTER)
 app.add_typer(evals.app, name="eval", rich_help_panel=AFTER)
 app.add_typer(detect.app, name="detect", rich_help_panel=AFTER)

@@ -208,6 +208,7 @@ print(json.dumps(sorted({name.split(".")[0] for name in sys.modules})))
         ("data", "--help"),
         ("detect", "--help"),
         ("detect", "score", "--help"),
+        ("sae", "train", "--help"),
     ],
     ids=" ".join,
 )

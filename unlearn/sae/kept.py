@@ -1,0 +1,64 @@
+"""A training on disk: one file with all that its next step depends on."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from unlearn.errors import UserError
+from unlearn.runs import write_tensors
+
+FORMAT = "unlearn-sae-training-1"
+
+
+def keep(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    values: Mapping[str, Any],
+    identity: Mapping[str, Any],
+) -> None:
+    """Write the file anew, completely or not at all."""
+    about = {
+        "format": FORMAT,
+        "values": json.dumps(dict(values)),
+        "identity": json.dumps(dict(identity)),
+    }
+    write_tensors(path, {name: one.cpu().contiguous() for name, one in tensors.items()}, about)
+
+
+def kept(
+    path: Path, identity: Mapping[str, Any]
+) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """Give what was kept last; None where there is no file.
+
+    Raises:
+        UserError: it cannot be read, or belongs to another training.
+    """
+    if not path.is_file():
+        return None
+    fresh = f"remove '{path}' to train from the beginning, or choose another --out"
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = file.metadata() or {}
+            if about.get("format") != FORMAT:
+                raise UserError(f"'{path}' holds no training of a dictionary", fresh)
+            _require_same(path, json.loads(about["identity"]), identity, fresh)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot read '{path}': {error}", fresh) from error
+    return tensors, json.loads(about["values"])
+
+
+def _require_same(
+    path: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any], hint: str
+) -> None:
+    for key, ours in wanted.items():
+        if stored.get(key) != ours:
+            theirs = stored.get(key)
+            told = (
+                f"{key} {theirs}, not {ours}" if len(f"{theirs}{ours}") < 80 else f"another {key}"
+            )
+            raise UserError(f"'{path}' is of a training with {told}", hint)
