@@ -301,12 +301,14 @@ def report(args: argparse.Namespace) -> None:
 
 def draw(args: argparse.Namespace, found: dict[str, list[dict[str, Any]]]) -> None:
     """Draw all that was tried, and beside it the runs at equal forgetting, seed by seed."""
+    from matplotlib.ticker import FuncFormatter, NullFormatter
+
     from unlearn.evals.report.plots import FAINT, INK, LINES, drawing, tidy, to_plot
 
     names = [name for name in METHODS if name in found]
     level = {name: mean(one["best"]["kl"] for one in found[name]) for name in names}
     names.sort(key=level.__getitem__, reverse=True)
-    with drawing(0.8 + 0.27 * len(names), width=8.6) as figure:
+    with drawing(max(3.2, 0.9 + 0.27 * len(names)), width=8.6) as figure:
         tried, equal = figure.subplots(1, 2, width_ratios=(1.1, 1.0))
         for place, name in enumerate(names):
             rival = METHODS[name].dial != "edit.forget_nll"
@@ -327,8 +329,15 @@ def draw(args: argparse.Namespace, found: dict[str, list[dict[str, Any]]]) -> No
         equal.tick_params(axis="y", length=0)
         tried.set_title("all that was tried", loc="left", fontsize=10)
         equal.set_title("at equal forgetting", loc="left", fontsize=10)
+        tried.set_xlim(left=5e-3)
         for axes in (tried, equal):
             tidy(axes)
+            for axis in (axes.xaxis, axes.yaxis)[: 1 if axes is equal else 2]:
+                axis.set_major_formatter(FuncFormatter(lambda value, place: f"{value:g}"))
+                axis.set_minor_formatter(NullFormatter())
+        for marker, colour, label in (("s", LINES[1], "trained"), ("o", LINES[0], "steps")):
+            tried.scatter([], [], s=18, color=colour, marker=marker, label=label)
+        tried.legend(frameon=False, loc="lower left", fontsize=9, handletextpad=0.2)
         equal.axvline(level["npo"], color=FAINT, linewidth=0.8, linestyle=":")
         plot = to_plot(figure, "equal-forgetting", "Forgetting against the KL on rows never seen")
     (args.out / "plot.svg").write_text(plot.standalone())
