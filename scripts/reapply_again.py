@@ -143,7 +143,8 @@ def table(found: list[list[dict[str, Any]]]) -> str:
             name += f" ({', '.join(f'{one:.2g}' for one in scales)})"
         lines.append(f"| {name} | {' | '.join(cells)} | "
                      f"{f'{mean(seconds):.0f}' if seconds else ''} |")  # fmt: skip
-    return "\n".join(lines) + f"\n\nMeans over {len(found)} seeds.\n"
+    over = f"Means over {len(found)} seeds." if len(found) > 1 else "One seed."
+    return "\n".join(lines) + f"\n\n{over}\n"
 
 
 def main() -> None:
