@@ -15,7 +15,7 @@ from unlearn.data.encode import Example
 from unlearn.evals.benchmark import Metric, Progress, Result
 from unlearn.evals.forget_retain import Split
 from unlearn.forward import read_head
-from unlearn.head import CHUNK_BYTES, CPU_PIECE_BYTES, VocabularyHead
+from unlearn.head import CHUNK_BYTES, VocabularyHead, piece_size
 from unlearn.objectives.distribution import kl_labels
 from unlearn.ranks import Ranks, whole
 from unlearn.scores import Scorer, label_mask
@@ -136,12 +136,6 @@ def _kl(reference: Tensor, policy: Tensor) -> Tensor:
     """Add up KL(reference || policy) over positions, from logits."""
     theirs, ours = reference.log_softmax(-1), policy.to(reference).log_softmax(-1)
     return (theirs.exp() * (theirs - ours)).sum(-1).double().sum()
-
-
-def piece_size(head: VocabularyHead, hidden: Tensor) -> int:
-    """Say how many positions have their logits computed at once."""
-    room = CPU_PIECE_BYTES if hidden.device.type == "cpu" else CHUNK_BYTES
-    return max(1, room // (4 * head.vocabulary))
 
 
 def logit_bytes(model: Any, batch_tokens: int) -> int:

@@ -58,8 +58,8 @@ def _settings(recipe: Recipe, out: Path) -> dict[str, Any]:
     )
     if missing := [f"{key} is missing ({flag})" for key, given, flag in needs if given is None]:
         raise UserError("; ".join(missing), "give the flags, or write the keys in the recipe")
-    hyper = EDITS[edit.name].hyper | edit.hyper
-    if why := EDITS[edit.name].check(hyper | {"factors": str(out)}):
+    hyper = EDITS[edit.name].filled(edit.hyper)
+    if why := EDITS[edit.name].check(hyper):
         raise UserError(f"edit: {why}")
     return hyper
 

@@ -28,7 +28,7 @@ def edit_settings(prepared: Prepared) -> dict[str, Any]:
     """Give the hyperparameters of a recipe's edit, defaults filled in."""
     section = prepared.recipe.edit
     assert section is not None
-    return EDITS[section.name].hyper | section.hyper
+    return EDITS[section.name].filled(section.hyper)
 
 
 def edit_parts(prepared: Prepared, model: Any, size: Footprint, device: str) -> list[Part]:

@@ -292,5 +292,5 @@ def _edit(tree: Tree) -> Iterator[Mistake]:
     wrong = [(key, why) for key in hyper for why in check_hyper(name, {key: hyper[key]})]
     for key, why in wrong:
         yield Mistake(("edit", key), why)
-    if not wrong and (together := EDITS[name].check(EDITS[name].hyper | hyper)):
+    if not wrong and (together := EDITS[name].check(EDITS[name].filled(hyper))):
         yield Mistake(("edit",), together)

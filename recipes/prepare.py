@@ -149,7 +149,7 @@ class Prepared:
         """Optimiser steps of the whole run; those of an edit that trains nothing."""
         training, edit = self.recipe.training, self.recipe.edit
         if edit and not self.recipe.trains:
-            return int((EDITS[edit.name].hyper | edit.hyper).get("steps", 1))
+            return int(EDITS[edit.name].filled(edit.hyper).get("steps", 1))
         if training.max_steps > 0:
             return training.max_steps
         return math.ceil(self.steps_per_epoch * training.num_train_epochs)

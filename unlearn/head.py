@@ -189,3 +189,9 @@ def same_log_probs(ours: Tensor, theirs: Tensor, model: Any) -> bool:
     tolerance = 0.1 if coarse else 1e-4
     # a model that gives NaN is broken, but its head is found: the benchmarks say what is wrong
     return bool(torch.allclose(ours, theirs, rtol=0, atol=tolerance, equal_nan=True))
+
+
+def piece_size(head: VocabularyHead, hidden: Tensor) -> int:
+    """Say how many positions have their logits computed at once."""
+    room = CPU_PIECE_BYTES if hidden.device.type == "cpu" else CHUNK_BYTES
+    return max(1, room // (4 * head.vocabulary))

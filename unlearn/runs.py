@@ -63,6 +63,34 @@ def write_tensors(path: Path, tensors: Mapping[str, Any], about: Mapping[str, st
     _settle(path.parent)
 
 
+@contextmanager
+def open_tensors(
+    path: Path, form: str, what: str, hint: str, *, device: Any = "cpu"
+) -> Iterator[tuple[Any, dict[str, str]]]:
+    """Open what :func:`write_tensors` has written; give the open file and its metadata.
+
+    ``form`` is the metadata's ``format``, ``what`` names its content in messages.
+
+    Raises:
+        UserError: the file cannot be read, or is of another format.
+    """
+    from safetensors import SafetensorError, safe_open  # noqa: PLC0415 - most callers do without
+
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            about = file.metadata() or {}
+            if about.get("format") != form:
+                raise UserError(f"'{path}' holds no {what}", hint)
+            yield file, about
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot read '{path}': {error}", hint) from error
+
+
+def contents(file: Any) -> dict[str, Any]:
+    """Read all tensors of an open file."""
+    return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write JSON atomically; NaN and infinity are refused rather than written as non-JSON."""
     write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 
+from unlearn import head
 from unlearn.data.encode import IGNORE, Example
 from unlearn.evals import retain_kl
 from unlearn.evals.retain_kl import mean_kl
@@ -73,7 +74,7 @@ def test_only_labelled_positions_reach_the_heads(build_tiny_model: Any, monkeypa
         return kl(reference, policy)
 
     monkeypatch.setattr(retain_kl, "_kl", watched)
-    monkeypatch.setattr(retain_kl, "CPU_PIECE_BYTES", 5 * 4 * 300)
+    monkeypatch.setattr(head, "CPU_PIECE_BYTES", 5 * 4 * 300)
     mean_kl(start, model, ROWS, batch_tokens=20)
     assert sum(seen) == 24
     assert max(seen) == 5

@@ -7,10 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unlearn.curvature.labels import piece_size
 from unlearn.curvature.passes import Batch, Rows, batches, read_states
 from unlearn.data.encode import Example
-from unlearn.head import VocabularyHead
+from unlearn.head import VocabularyHead, piece_size
 from unlearn.ranks import Ranks, whole
 from unlearn.scores import Scorer
 from unlearn.scoring import evaluation_mode, scored

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from unlearn.runs import write_tensors
+from unlearn.errors import UserError
+from unlearn.runs import contents, open_tensors, write_tensors
 
 FORMAT = "unlearn-edit-steps-1"
 
@@ -29,15 +29,12 @@ class Kept:
         if not self.place.is_file():
             return None
         try:
-            with safe_open(self.place, framework="pt") as file:
-                about = file.metadata() or {}
-                known = json.loads(about.get("identity", "null"))
-                if about.get("format") != FORMAT or known != dict(self.identity):
+            with open_tensors(self.place, FORMAT, "steps of an edit", "") as (file, about):
+                if json.loads(about["identity"]) != dict(self.identity):
                     return None
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError):
+                return contents(file), json.loads(about["records"])
+        except UserError:
             return None
-        return tensors, json.loads(about["records"])
 
     def save(self, totals: Mapping[str, Tensor], records: list[dict[str, Any]]) -> None:
         """Write the file anew, completely or not at all."""

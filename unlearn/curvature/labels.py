@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from unlearn.head import CHUNK_BYTES, CPU_PIECE_BYTES, VocabularyHead
+from unlearn.head import VocabularyHead, piece_size
 
 Fisher = Literal["importance", "mc", "empirical"]
 Ascend = Literal["nll", "unlikelihood"]
@@ -235,9 +235,3 @@ def toward(
         ahead = logits.detach().softmax(-1) - head.logits(before).softmax(-1)
         found += torch.autograd.grad(logits, leaf, ahead)
     return torch.cat(found) if found else torch.zeros_like(hidden)
-
-
-def piece_size(head: VocabularyHead, hidden: Tensor) -> int:
-    """Say how many positions have their logits computed at once."""
-    room = CPU_PIECE_BYTES if hidden.device.type == "cpu" else CHUNK_BYTES
-    return max(1, room // (4 * head.vocabulary))

@@ -6,14 +6,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from unlearn.curvature.blocks import Blocks
 from unlearn.curvature.factors import Counts, LayerCurvature
 from unlearn.curvature.fit import Curvature
 from unlearn.errors import UserError
-from unlearn.runs import write_tensors
+from unlearn.runs import contents, open_tensors, write_tensors
 
 FORMAT = "unlearn-curvature-1"
 BLOCKS = ("inputs", "outputs", "input_basis", "output_basis")
@@ -57,17 +56,11 @@ def read_curvature(path: Path, *, device: Any = "cpu") -> Curvature:
 
 
 def _read(path: Path, identity: Mapping[str, Any] | None, hint: str, device: Any) -> Curvature:
-    try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
-            about = file.metadata() or {}
-            if about.get("format") != FORMAT:
-                raise UserError(f"'{path}' holds no curvature", hint)
-            stored = json.loads(about["identity"])
-            if identity is not None:
-                _require_same(path, stored, identity, hint)
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot read '{path}': {error}", hint) from error
+    with open_tensors(path, FORMAT, "curvature", hint, device=device) as (file, about):
+        stored = json.loads(about["identity"])
+        if identity is not None:
+            _require_same(path, stored, identity, hint)
+        tensors = contents(file)
     layers = {
         name: _layer(tensors, name, group, trace)
         for name, (group, trace) in json.loads(about["layers"]).items()

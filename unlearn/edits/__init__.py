@@ -38,6 +38,10 @@ class Edit:
         """The hyperparameters with their defaults."""
         return hyperparameters(self.function)
 
+    def filled(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Give all hyperparameters: those given, and the defaults of the others."""
+        return {**self.hyper, **given}
+
     def asks(self, what: str) -> bool:
         """Tell whether it takes ``tuned``, ``data``, ``listen``, ``seed`` or ``keep``."""
         return what in inspect.signature(self.function).parameters

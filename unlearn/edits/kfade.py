@@ -106,9 +106,10 @@ def kfade(  # noqa: PLR0913 - each is a key of the recipe's edit section
     settings = FitSettings(curvature, fisher, label_draws, max_factor_dim, seed)
     tracked, lambdas = find_layers(model, layers), Damping.parse(damping, trim)
     rows = told(parts.fit, "curvature of the retain set", listen)
-    fit = _Fit(model, rows, tracked, settings, scorer, factors)
+    start = weights_hash(model) if keep or factors else ""
+    fit = _Fit(model, rows, tracked, settings, scorer, factors, start)
     how = (rule, lambdas, ascend, correct, refit)
-    kept = Kept(keep, _identity(model, parts, tracked, settings, how)) if keep else None
+    kept = Kept(keep, _identity(start, parts, tracked, settings, how)) if keep else None
     ascent = Ascent(model, parts, tracked, scorer, rule, lambdas, listen, ascend, correct, kept)
     with _warnings_told(listen):
         ascent.run(fit, refit=refit)
@@ -136,14 +137,14 @@ def _goal(
 
 
 def _identity(
-    model: Any,
+    start: str,
     parts: Parts,
     layers: Sequence[Tracked],
     settings: FitSettings,
     how: tuple[object, ...],
 ) -> dict[str, Any]:
     """Name all that the steps depend on."""
-    found = identity_of(weights_hash(model), parts.fit.examples, layers, settings)
+    found = identity_of(start, parts.fit.examples, layers, settings)
     read = (parts.forget, parts.measured, parts.held_out)
     rows = json.dumps([[one.hashed() for one in rows.examples] for rows in read])
     return found | {"read": hashlib.sha256(rows.encode()).hexdigest(), "how": repr(how)}
@@ -181,6 +182,8 @@ class _Fit:
     settings: FitSettings
     scorer: Scorer
     factors: str | None
+    start: str
+    """Hash of the weights that the edit begins with."""
 
     def __call__(self, at_start: bool) -> Curvature:
         fit = partial(
@@ -189,8 +192,7 @@ class _Fit:
         if self.factors is None or not at_start:
             return fit()
         place, ranks = Path(self.factors), Ranks.of(self.model)
-        weights = weights_hash(self.model)
-        identity = identity_of(weights, self.rows.examples, self.layers, self.settings)
+        identity = identity_of(self.start, self.rows.examples, self.layers, self.settings)
         if ranks.all(place.is_file()):
             return load_curvature(place, identity, device=self.model.device)
         found = fit(identity=identity)

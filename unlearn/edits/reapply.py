@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -11,6 +11,7 @@ import torch
 from pydantic import PositiveFloat, PositiveInt
 
 from unlearn.curvature.distance import Reference, mean_nll, spaced
+from unlearn.curvature.parts import Listen
 from unlearn.curvature.passes import Rows
 from unlearn.curvature.steps import EVALUATIONS, Goal, Reading, search
 from unlearn.data.encode import Example
@@ -33,7 +34,6 @@ LARGEST = 2.0
 """Longest scale that is tried; an update that does not reach the goal at twice its length has
 little to do with this model."""
 
-Listen = Callable[[dict[str, Any]], None]
 Scale = Literal["search"] | float
 
 

@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from unlearn.edits.low_rank import Factors, LowRank, truncated
 from unlearn.errors import UserError
 from unlearn.head import plain
 from unlearn.models import weights_hash
-from unlearn.runs import write_tensors
+from unlearn.runs import contents, open_tensors, write_tensors
 
 FORMAT = "unlearn-update-1"
 HINT = "give the update.safetensors of a run whose recipe has an edit and no terms"
@@ -104,12 +103,8 @@ def load_update(path: Path) -> Update:
     Raises:
         UserError: there is no such file, or it holds something else.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            about = _about(file, path)
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot read '{path}': {error}", HINT) from error
+    with open_tensors(path, FORMAT, "update", HINT) as (file, metadata):
+        about, tensors = json.loads(metadata["about"]), contents(file)
     parts: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         name, part = _split(key)
@@ -133,12 +128,8 @@ def update_shapes(path: Path) -> dict[str, list[int]]:
     Raises:
         UserError: there is no such file, or it holds something else.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            _about(file, path)
-            found = {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot read '{path}': {error}", HINT) from error
+    with open_tensors(path, FORMAT, "update", HINT) as (file, _):
+        found = {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     shapes = {}
     for key, shape in found.items():
         name, part = _split(key)
@@ -152,13 +143,6 @@ def update_shapes(path: Path) -> dict[str, list[int]]:
 def _split(key: str) -> tuple[str, str]:
     name, _, part = key.rpartition(":")
     return (name, part) if part in PARTS else (key, "")
-
-
-def _about(file: Any, path: Path) -> dict[str, Any]:
-    metadata = file.metadata() or {}
-    if metadata.get("format") != FORMAT:
-        raise UserError(f"'{path}' holds no update", HINT)
-    return dict(json.loads(metadata["about"]))
 
 
 def check_fits(model: Any, shapes: Mapping[str, Iterable[int]]) -> None:

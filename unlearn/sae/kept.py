@@ -5,11 +5,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from unlearn.errors import UserError
-from unlearn.runs import write_tensors
+from unlearn.runs import contents, open_tensors, write_tensors
 
 FORMAT = "unlearn-sae-training-1"
 
@@ -40,16 +39,9 @@ def kept(
     if not path.is_file():
         return None
     fresh = f"remove '{path}' to train from the beginning, or choose another --out"
-    try:
-        with safe_open(path, framework="pt") as file:
-            about = file.metadata() or {}
-            if about.get("format") != FORMAT:
-                raise UserError(f"'{path}' holds no training of a dictionary", fresh)
-            _require_same(path, json.loads(about["identity"]), identity, fresh)
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot read '{path}': {error}", fresh) from error
-    return tensors, json.loads(about["values"])
+    with open_tensors(path, FORMAT, "training of a dictionary", fresh) as (file, about):
+        _require_same(path, json.loads(about["identity"]), identity, fresh)
+        return contents(file), json.loads(about["values"])
 
 
 def _require_same(
