@@ -45,14 +45,14 @@ What bounds it, for a weight [o, i], n tokens in r rows:
 import argparse
 import gc
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,7 @@ import torch
 from peer_kronfluence import Peer, Scales
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
+from turns import EXACT, Worker, answer, forget_peak, in_turn, resident, said, worker
 
 from unlearn.curvature.blocks import Blocks
 from unlearn.curvature.damping import Damping
@@ -100,13 +101,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = _parser().parse_args(arguments)
     warnings.filterwarnings("ignore", ".*loss tokens for factors.*")
     if options.worker:
-        for said in _work(options):
-            print(json.dumps(said), flush=True)
-            sys.stdin.readline()
+        answer(_work(options))
         return
     found: dict[str, Any] = {}
     for kind in options.kinds:
-        differences = _only(_started(kind, "check", arguments))
+        with _started(kind, "check", arguments) as process:
+            differences = said(process)
         for name, difference in differences.items():
             if not difference <= AGREEMENT[name]:
                 sys.exit(f"{kind}: {name} differ by {difference:.2g}: there is nothing to compare")
@@ -145,59 +145,29 @@ Pair = dict[str, dict[str, Any]]
 
 def _race(kind: str, arguments: Sequence[str]) -> list[Pair]:
     """Let both sides go through the phases, one at a time and in turn."""
-    workers = {side: _started(kind, side, arguments) for side in SIDES}
-    try:
-        for worker in workers.values():
-            _said(worker)  # it has loaded everything
-        return [
-            {side: _said(worker, "go") for side, worker in workers.items()}
-            for _ in (*PHASES[kind], FILES)
-        ]
-    finally:
-        for worker in workers.values():
-            worker.kill()
-
-
-def _only(worker: subprocess.Popen[str]) -> Any:
-    """Give what a worker says first, and end it."""
-    said = _said(worker)
-    worker.kill()
-    return said
+    with ExitStack() as stack:
+        started = partial(_started, kind, arguments=arguments)
+        workers = {side: stack.enter_context(started(side)) for side in SIDES}
+        return in_turn(workers, len(PHASES[kind]) + 1)
 
 
 def _started(
     kind: str, side: str, arguments: Sequence[str], **environment: str
-) -> subprocess.Popen[str]:
-    command = [sys.executable, __file__, *arguments, "--worker", kind, side]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+) -> AbstractContextManager[Worker]:
     if threads := _parser().parse_args(arguments).threads:
         environment["OMP_NUM_THREADS"] = str(threads)  # SciPy's too
-    return subprocess.Popen(command, text=True, env=os.environ | environment, **pipes)
-
-
-def _said(worker: subprocess.Popen[str], word: str = "") -> Any:
-    """Give a worker a word and wait for what it says."""
-    assert worker.stdin is not None
-    assert worker.stdout is not None
-    if word:
-        print(word, file=worker.stdin, flush=True)
-    for line in worker.stdout:
-        if line.startswith("{"):  # libraries print lines of their own
-            return json.loads(line)
-    sys.exit(f"a worker ended with code {worker.wait()}")
+    return worker(__file__, arguments, kind, side, **environment)
 
 
 def _memory(kind: str, arguments: Sequence[str]) -> dict[str, Any]:
     """Compare the memory that both sides take, each alone."""
-    exact = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
     peaks: dict[str, dict[str, float]] = {}
     model = 0.0
     for side in SIDES:
-        worker = _started(kind, side, arguments, **exact)
-        model = _said(worker)["model"]
-        said = [_said(worker, "go") for _ in PHASES[kind]]
-        worker.kill()
-        peaks[side] = {one["phase"]: round(one["peak"] / 2**20, 1) for one in said}
+        with _started(kind, side, arguments, **EXACT) as process:
+            model = said(process)["model"]
+            told = [said(process, "go") for _ in PHASES[kind]]
+        peaks[side] = {one["phase"]: round(one["peak"] / 2**20, 1) for one in told}
     ours, theirs = (max(peaks[side].values()) for side in reversed(SIDES))
     return {
         "peak_memory_ratio": round(ours / theirs, 3),
@@ -266,15 +236,15 @@ def _work(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         phases, file_seconds = make(kind, options, model, retain, forget, Path(folder))
         gc.collect()
         gc.freeze()
-        loaded = _resident("VmRSS")
+        loaded = resident()
         yield {"model": sum(p.numel() * p.element_size() for p in model.parameters())}
         for phase, work in phases.items():
-            _forget_peak()
+            forget_peak()
             files, start, before = file_seconds(), time.perf_counter(), time.process_time()
             work()
             seconds, processor = time.perf_counter() - start, time.process_time() - before
             files = file_seconds() - files
-            peak = _resident("VmHWM") - loaded
+            peak = resident("VmHWM") - loaded
             yield {"phase": phase, "seconds": seconds - files, "file_seconds": files,
                    "processor": processor, "peak": peak}  # fmt: skip
 
@@ -309,8 +279,7 @@ def _ours(
     forget: list[Example], folder: Path,
 ) -> tuple[Work, Callable[[], float]]:  # fmt: skip
     layers, how = find_layers(model, "all-linear"), FitSettings(kind, "empirical")
-    found: dict[str, LayerCurvature] = {}
-    counts = Counts()
+    found, counts = dict[str, LayerCurvature](), Counts()
 
     def take(fitted: tuple[dict[str, LayerCurvature], Counts]) -> None:
         nonlocal found, counts
@@ -425,18 +394,6 @@ def _random_model(options: argparse.Namespace) -> Any:
         max_position_embeddings=options.length,
     )
     return LlamaForCausalLM(config).eval()
-
-
-def _resident(what: str) -> int:
-    """Read a resident size of this process from the system, in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    (line,) = [line for line in lines if line.startswith(f"{what}:")]
-    return 1024 * int(line.split()[1])
-
-
-def _forget_peak() -> None:
-    """Let the peak resident size begin anew."""
-    Path("/proc/self/clear_refs").write_text("5")
 
 
 if __name__ == "__main__":

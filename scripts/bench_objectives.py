@@ -37,10 +37,8 @@ over real tokens are about 70% of our step on a CPU, and nothing makes those few
 import argparse
 import copy
 import json
-import os
 import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -48,13 +46,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import plain_steps
 import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
+from turns import EXACT, answer, in_turn, resident, worker
 
 from unlearn.data import Template, encode, load_rows, pad_token_id
 from unlearn.data.collate import Collator, Item
@@ -123,9 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     options = _parser().parse_args(arguments)
     if options.worker:
-        for said in _work(options):
-            print(json.dumps(said), flush=True)
-            sys.stdin.readline()
+        answer(_work(options))
         return
     found = {}
     for method in options.methods:
@@ -164,50 +160,22 @@ Pair = dict[str, dict[str, float]]
 
 def _race(method: str, arguments: Sequence[str]) -> list[Pair]:
     """Let both variants take the same steps, one at a time and in turn; warming up is left out."""
-    workers = {variant: _started(method, variant, arguments) for variant in VARIANTS}
-    try:
-        for worker in workers.values():
-            _said(worker)  # it has loaded everything
-        steps = _parser().parse_args(arguments).steps + WARMUP
-        pairs = [
-            {variant: _said(each, "go") for variant, each in workers.items()} for _ in range(steps)
-        ]
-    finally:
-        for worker in workers.values():
-            worker.kill()
-    return pairs[WARMUP:]
-
-
-def _started(
-    method: str, variant: str, arguments: Sequence[str], **environment: str
-) -> subprocess.Popen[str]:
-    command = [sys.executable, __file__, *arguments, "--worker", method, variant]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    return subprocess.Popen(command, text=True, env=os.environ | environment, **pipes)
-
-
-def _said(worker: subprocess.Popen[str], word: str = "") -> Any:
-    """Give a worker a word and wait for what it says."""
-    assert worker.stdin is not None
-    assert worker.stdout is not None
-    if word:
-        print(word, file=worker.stdin, flush=True)
-    for line in worker.stdout:
-        if line.startswith("{"):  # libraries print lines of their own
-            return json.loads(line)
-    sys.exit(f"a worker ended with code {worker.wait()}")
+    steps = _parser().parse_args(arguments).steps + WARMUP
+    with ExitStack() as stack:
+        workers = {
+            variant: stack.enter_context(worker(__file__, arguments, method, variant))
+            for variant in VARIANTS
+        }
+        return in_turn(workers, steps)[WARMUP:]
 
 
 def _memory(method: str, options: argparse.Namespace, arguments: Sequence[str]) -> dict[str, Any]:
     """Compare the memory that both variants take, each alone."""
-    exact = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
     found: dict[str, dict[str, float]] = {}
     for variant in VARIANTS:
-        worker = _started(method, variant, arguments, **exact)
-        _said(worker)
-        for _ in range(options.steps + WARMUP):
-            found[variant] = _said(worker, "go")
-        worker.kill()
+        with worker(__file__, arguments, method, variant, **EXACT) as process:
+            told = in_turn({variant: process}, options.steps + WARMUP)
+        found[variant] = told[-1][variant]
     plain, ours = (found[variant] for variant in VARIANTS)
     return {
         "extra_memory_ratio": round(ours["extra"] / plain["extra"], 3),
@@ -255,7 +223,7 @@ def _work(options: argparse.Namespace) -> Iterator[dict[str, float]]:
     model = _model(options)
     method = methods(_layer(options, model))[name]
     batches = _batches(options, model, method)
-    loaded = _resident()
+    loaded = resident()
     step = {"plain": _plain, "ours": _ours}[variant](model, method)
     _nudge(_trained(model, method))
     state = 3 * sum(p.numel() * p.element_size() for p in _trained(model, method))
@@ -306,11 +274,6 @@ def _nudge(weights: Sequence[Tensor]) -> None:
     for weight in weights:
         noise = torch.randn(weight.shape, generator=generator)
         weight += NUDGE * weight.std() * noise
-
-
-def _resident() -> int:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize()
 
 
 def _batches(options: argparse.Namespace, model: Any, method: Method) -> list[dict[str, Any]]:

@@ -20,7 +20,7 @@ def bench(monkeypatch: Any) -> Any:
     import bench_objectives
 
     yield bench_objectives
-    for name in ("bench_objectives", "plain_steps"):
+    for name in ("bench_objectives", "plain_steps", "turns"):
         sys.modules.pop(name)
 
 
