@@ -84,6 +84,8 @@ def test_the_search_reaches_the_goal_and_leaves_the_scaled_update(again, start):
     (step,), (told,) = kinds(events, "step"), kinds(events, "update")
     assert step["forget/nll"] == pytest.approx(first + 0.1, abs=0.05 * 0.1 + 1e-6)
     assert (step["forget/nll"], step["retain/kl"]) == pytest.approx(measured(start, model))
+    assert step["gain"] == pytest.approx(step["forget/nll"] - first)
+    assert (step["kl_spent"], step["kl_budget"]) == (step["retain/kl"], None)
     trials = kinds(events, "trial")
     assert trials[0]["scale"] == FIRST
     assert len(trials) == step["evaluations"] == len(told["trials"]) <= 8

@@ -77,7 +77,7 @@ def reapply(  # noqa: PLR0913 - each is a key of the recipe's edit section
     found = search_scale(added, forget, retain, goals, scale=scale, listen=listen)
     if found.missed:
         listen({"event": "warning", "message": f"a goal was missed {found.missed}"})
-    listen(_event(found, forget, retain, time.monotonic() - started))
+    listen(_event(found, forget, retain, time.monotonic() - started) | {"kl_budget": retain_kl})
     listen({"event": "update", **added.told(found.scale), "is_start": began,
             "origin": dict(given.about), **found.told()})  # fmt: skip
     return model
@@ -245,6 +245,8 @@ def _event(found: FoundScale, forget: Rows, retain: Rows, seconds: float) -> dic
         "of": 1,
         "forget/nll": found.reading.nll,
         "retain/kl": found.reading.kl,
+        "gain": found.reading.nll - found.start.nll,
+        "kl_spent": found.reading.kl - found.start.kl,
         "alpha": found.scale,
         "evaluations": len(found.trials),
         "memory_bytes": peak_memory_bytes(),
