@@ -100,7 +100,8 @@ def readings(event: dict[str, Any]) -> dict[str, float]:
 def edit_step(event: dict[str, Any]) -> str:
     """Say what a step of an edit has come to; empty for a step of training.
 
-    "step 3/4: forget loss 1.49 → 2.23, retain KL 0.224 (+0.140), 90 % of the budget".
+    "step 3/4: forget loss 1.49 → 2.23, retain KL 0.224 (+0.140), 90 % of the budget". Where the KL
+    was lowered first: "step 3/4: retain KL lowered to 0.084; forget loss …".
     """
     if "alpha" not in event or not {"forget/nll", "retain/kl"} <= event.keys():
         return ""
@@ -110,7 +111,10 @@ def edit_step(event: dict[str, Any]) -> str:
     rise = "" if spent is None else f" ({'+' if spent >= 0 else '-'}{three(abs(spent))})"
     share = f", {100 * kl / budget:.3g} % of the budget" if budget else ""
     where = f"step {event['step']}/{event['of']}"
-    return f"{where}: forget loss {loss}, retain KL {three(kl)}{rise}{share}"
+    if event.get("correction"):
+        where += f": retain KL lowered to {three(event['corrected_kl'])}"
+    joint = "; then" if event.get("correction") else ":"
+    return f"{where}{joint} forget loss {loss}, retain KL {three(kl)}{rise}{share}"
 
 
 def three(value: float) -> str:

@@ -77,6 +77,19 @@ def _edited(prepared: Prepared, model: Any) -> Any:
     return EDITS[section.name](start, given, **section.hyper)
 
 
+def require_ready(prepared: Prepared, model: Any, weights_hash: str) -> None:
+    """Refuse an edit that cannot be made of this model, before anything is measured.
+
+    Raises:
+        UserError: as the edit says.
+    """
+    section = prepared.recipe.edit
+    if section is None or (ready := EDITS[section.name].ready) is None:
+        return
+    retain, hyper = prepared.streams["retain"].examples, EDITS[section.name].filled(section.hyper)
+    ready(model, retain, hyper, seed=prepared.recipe.seed, start=weights_hash)
+
+
 def edited(
     prepared: Prepared,
     model: Any,

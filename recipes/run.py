@@ -24,6 +24,7 @@ from unlearn.evals.report.write import strict, write_report
 from unlearn.ranks import Ranks
 from unlearn.recipes import outcome
 from unlearn.recipes.files import dump
+from unlearn.recipes.fitting import require_memory
 from unlearn.recipes.identity import training_identity
 from unlearn.recipes.inputs import absolute
 from unlearn.recipes.plan import plan_run, require_disk
@@ -109,6 +110,7 @@ def _held(folder: RunFolder, ranks: Ranks, *, new: Prepared | None = None) -> It
         def hold() -> None:
             if new:
                 planned = plan_run(new)
+                require_memory(planned)
                 require_disk(planned)
                 RunFolder.create(folder.path)
             stack.enter_context(folder.locked())
@@ -215,6 +217,7 @@ class _Run:
             self._choose(model)
         if self.checkpoint:
             self._go_back(self.checkpoint)
+        outcome.require_ready(self.prepared, model, weights)
         before = self.benchmark("before", model)
         if rule := self.prepared.recipe.evals.select_best:
             check_rule(rule, before["metrics"])

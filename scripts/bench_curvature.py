@@ -57,7 +57,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peer_kronfluence import Peer, Scales
+
+try:
+    from peer_kronfluence import Peer, Scales
+except ImportError as missing:  # --help does without
+    Peer = Scales = None
+    MISSING = f"{missing}: pip install --no-deps kronfluence==1.0.1 into a folder on PYTHONPATH"
+else:
+    MISSING = ""
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 from turns import EXACT, Worker, answer, forget_peak, in_turn, resident, said, worker
@@ -99,6 +106,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Check that both sides agree, then run them in turn and print one JSON object."""
     arguments = sys.argv[1:] if arguments is None else arguments
     options = _parser().parse_args(arguments)
+    if MISSING:
+        sys.exit(MISSING)
     warnings.filterwarnings("ignore", ".*loss tokens for factors.*")
     if options.worker:
         answer(_work(options))

@@ -134,17 +134,18 @@ def test_full_disk_is_recognised(sign):
     assert explain(RuntimeError(f"[enforce fail] {sign}: 12 != 34")).message == "the disk is full"
 
 
-def test_help_needs_no_torch_and_is_quick():
+def test_help_needs_no_heavy_library():
+    """Each of them takes seconds to import."""
     code = (
-        "import sys, time; start = time.perf_counter(); from unlearn.cli.main import app\n"
+        "import sys; from unlearn.cli.main import app\n"
         "try: app(['--help'])\n"
         "except SystemExit: pass\n"
-        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules\n"
-        "print(time.perf_counter() - start)"
+        "heavy = {'torch', 'transformers', 'peft', 'datasets', 'numpy', 'jinja2'}\n"
+        "print(*sorted(heavy & set(sys.modules)))"
     )
     command = [sys.executable, "-c", code]
-    runs = [subprocess.run(command, capture_output=True, text=True, check=True) for _ in range(3)]
-    assert min(float(done.stdout.splitlines()[-1]) for done in runs) < 0.5
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == ""
 
 
 @pytest.mark.parametrize("command", ["run", "resume", "quickstart", "plan"])
@@ -218,6 +219,8 @@ EDIT_STEP = {"event": "step", "step": 3, "of": 4, "forget/nll": 2.23, "retain/kl
 def test_a_step_of_an_edit_in_words(changes, line):
     """2.23 - 0.74 = 1.49; 0.224 / 0.25 = 89.6 %."""
     assert edit_step(EDIT_STEP | changes) == f"step 3/4: forget {line}"
+    corrected = edit_step(EDIT_STEP | changes | {"correction": 0.5, "corrected_kl": 0.084})
+    assert corrected == f"step 3/4: retain KL lowered to 0.0840; then forget {line}"
     assert edit_step(EVENTS[-2]) == ""
 
 

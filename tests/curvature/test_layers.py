@@ -49,7 +49,7 @@ def test_weights_of_gpt2_are_seen_as_outputs_by_inputs(fresh_model):
         (["nothing"], "found in no layer's name"),
         (["down_proj", "input_layernorm"], "LlamaRMSNorm.*no linear layer"),
         (["embed_tokens"], "Embedding.*no linear layer"),
-        (["lm_head"], "no linear layer of a decoder layer"),
+        (["lm_head"], "no linear layer inside a decoder layer"),
         ("mpl", "one of mlp, attention, all-linear"),
     ],
 )

@@ -50,10 +50,21 @@ def test_runs_read_it_and_give_the_same_weights_as_without(recipe, kind):
         assert any(not torch.equal(first[name], start[name]) for name in first)
 
 
-def test_other_settings_are_refused_by_the_run(recipe):
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ("edit.curvature=act", "fitted with curvature kfac, not act"),
+        ("edit.layers=attention", "other layers: 6 from .*gate_proj to .*, not 8 from .*q_proj"),
+        ("data.retain=forget.jsonl", "other rows: [0-9a-f]{12}…, not [0-9a-f]{12}…"),
+    ],
+)
+def test_a_file_of_something_else_is_refused_before_anything_is_measured(recipe, settings, message):
     fit(recipe("kfade", *GOAL), Path("factors"))
-    with pytest.raises(UserError, match="fitted with curvature kfac, not act"):
-        run(recipe("kfade", *GOAL, "edit.factors=factors", "edit.curvature=act"))
+    heard = []
+    with pytest.raises(UserError, match=message):
+        run(recipe("kfade", *GOAL, "edit.factors=factors", settings), emit=heard.append)
+    assert [one["stage"] for one in heard if one["event"] == "stage"] == ["load"]
+    assert not Path("out").exists()
 
 
 def test_what_cannot_be_kept_is_refused_before_anything_is_loaded(recipe):

@@ -15,6 +15,7 @@ from unlearn.recipes.files import load
 from unlearn.recipes.fitting import refusal, require_memory, with_changes
 from unlearn.recipes.plan import plan_run
 from unlearn.recipes.prepare import Prepared, prepare
+from unlearn.recipes.run import run
 
 ENGINES = ("ddp", "fsdp2", "zero2", "zero3", "zero3-offload")
 ROOT = Path(__file__).parents[2]
@@ -156,6 +157,13 @@ def test_a_plan_that_cannot_fit_is_refused_in_one_line(make: Make) -> None:
     assert f"1.2 GiB are there (largest part: {largest})" in message
     assert "--lora" in hint
     assert "launch.device_memory" in hint
+
+
+def test_a_run_that_cannot_fit_is_refused_and_leaves_no_folder(make: Make) -> None:
+    recipe = make("launch.device_memory=0.1").recipe
+    with pytest.raises(UserError, match="102 MiB are there"):
+        run(recipe)
+    assert not Path(str(recipe.out)).exists()
 
 
 def test_weights_that_fit_nowhere_are_said_to(make: Make) -> None:

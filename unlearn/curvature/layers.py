@@ -137,6 +137,7 @@ def _matching(
     base: Any, found: Mapping[str, nn.Module], patterns: Sequence[str]
 ) -> dict[str, nn.Module]:
     for pattern in patterns:
+        _check_pattern(pattern)
         if any(re.search(pattern, name) for name in found):
             continue
         others = [(n, m) for n, m in base.named_modules() if n and re.search(pattern, n)]
@@ -144,12 +145,21 @@ def _matching(
             name, module = others[-1]
             kind = type(module).__name__
             raise UserError(
-                f"layers '{pattern}' is found in '{name}' ({kind}), which is no linear layer of "
-                "a decoder layer in question",
+                f"layers '{pattern}' is found in '{name}' ({kind}), but in the name of no linear "
+                "layer inside a decoder layer",
                 _known(found),
             )
         raise UserError(f"layers '{pattern}' is found in no layer's name", _known(found))
     return {n: m for n, m in found.items() if any(re.search(p, n) for p in patterns)}
+
+
+def _check_pattern(pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise UserError(
+            f"layers '{pattern}' is no regular expression: {error}", "escape or close it"
+        ) from error
 
 
 def _known(found: Mapping[str, Any]) -> str:

@@ -22,6 +22,9 @@ WORDS = {
     "layers": "other layers",
 }
 """What a part of the identity that differs means."""
+ANEW = "give another file, or remove this one: it is then fitted anew"
+SHOWN = 12
+"""Digits of a hash that tell two apart in a message."""
 
 
 def save_curvature(curvature: Curvature, path: Path) -> None:
@@ -41,8 +44,17 @@ def load_curvature(path: Path, identity: Mapping[str, Any], *, device: Any = "cp
     Raises:
         UserError: it is no such file, or it belongs to something else, which is named.
     """
-    hint = "give another file, or remove this one: it is then fitted anew"
-    return _read(path, identity, hint, device)
+    return _read(path, identity, ANEW, device)
+
+
+def check_curvature(path: Path, identity: Mapping[str, Any]) -> None:
+    """Refuse a file that :func:`load_curvature` would refuse; reads no factors.
+
+    Raises:
+        UserError: it is no such file, or it belongs to something else, which is named.
+    """
+    with open_tensors(path, FORMAT, "curvature", ANEW) as (_, about):
+        _require_same(path, json.loads(about["identity"]), identity, ANEW)
 
 
 def read_curvature(path: Path, *, device: Any = "cpu") -> Curvature:
@@ -76,8 +88,16 @@ def _require_same(
         if theirs == ours:
             continue
         if key in WORDS:
-            raise UserError(f"'{path}' holds the curvature of {WORDS[key]}", hint)
+            apart = f"{_brief(theirs)}, not {_brief(ours)}"
+            raise UserError(f"'{path}' holds the curvature of {WORDS[key]}: {apart}", hint)
         raise UserError(f"'{path}' was fitted with {key} {theirs}, not {ours}", hint)
+
+
+def _brief(value: Any) -> str:
+    """Write a hash, or a list of layers, for people."""
+    if isinstance(value, list):
+        return f"{len(value)} from {value[0]} to {value[-1]}" if value else "none"
+    return f"{str(value)[:SHOWN]}…"
 
 
 def _tensors(curvature: Curvature) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from unlearn.edits import reapply as again
+from unlearn.edits.factors import check_factors
 from unlearn.edits.kfade import kfade, settings_mistake
 from unlearn.edits.task_vector import task_vector
 from unlearn.errors import unknown
@@ -27,6 +28,9 @@ class Edit:
     function: Callable[..., Any]
     check: Callable[[Mapping[str, Any]], str | None] = lambda hyper: None
     """Says what is wrong with all hyperparameters together, when each is right by itself."""
+    ready: Callable[..., None] | None = None
+    """Refuses what does not belong to a loaded model and its retain rows, before they are measured:
+    ``(model, retain, hyper, seed=…, start=…)`` with all hyperparameters and the weights' hash."""
 
     @property
     def name(self) -> str:
@@ -56,7 +60,7 @@ EDITS: dict[str, Edit] = {
     edit.name: edit
     for edit in (
         Edit(task_vector),
-        Edit(kfade, settings_mistake),
+        Edit(kfade, settings_mistake, check_factors),
         Edit(again.reapply, again.settings_mistake),
     )
 }

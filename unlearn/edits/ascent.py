@@ -74,11 +74,19 @@ class Ascent:
             now = after
         self.weights.put()
         if not self.records:
-            raise RunFailed(
-                f"no step was taken: the forget loss is {now.nll:.3f} nats per token, the KL "
-                f"{now.kl:.4f}, and every trial went too far or nothing was left to do",
-                "raise forget_nll or retain_kl",
+            raise self._without_steps(now)
+
+    def _without_steps(self, now: Reading) -> RunFailed:
+        where = f"the forget loss is {now.nll:.3f} nats per token, the KL {now.kl:.4f}"
+        if self.rule.ends(now):
+            return RunFailed(
+                f"no step was taken: {where}, which forget_nll or retain_kl already end at",
+                "raise the goal, or leave the model as it is",
             )
+        return RunFailed(
+            f"no step was taken: {where}, and every trial step went too far",
+            "raise forget_nll or retain_kl, or the damping",
+        )
 
     def _fitted(self, fit: Fit, step: int) -> Curvature:
         self.tokens += num_tokens(self.rows.fit)
@@ -102,8 +110,7 @@ class Ascent:
         grad = gradient(self.model, rows, self.layers, ascend=self.ascend, scorer=self.scorer)
         self.tokens += num_tokens(rows)
         ahead = direction(curvature, grad, self.damping, ranks=Ranks.of(self.model))
-        if not ahead.slope > 0:
-            raise RunFailed("the forget set has no gradient: nothing can be raised", "")
+        _require_step(ahead)
         found = self._scaled(step, now, ahead, grad, curvature, reference)
         if found is None:
             return None
@@ -198,6 +205,19 @@ class Ascent:
         if ahead.bend is None:
             raise UserError("step_rule: trust_region needs a predicted KL, which act has not", "")
         return ahead.trust_region(size)
+
+
+def _require_step(ahead: Direction) -> None:
+    """Refuse a direction that is none: no gradient, or a curvature that could not be inverted."""
+    if not all(math.isfinite(one) for one in (ahead.slope, ahead.bend or 0.0)):
+        least, most = min(ahead.dampings.values()), max(ahead.dampings.values())
+        raise RunFailed(
+            "the step is not finite: the curvature is singular, and its damping too small to "
+            f"invert it (λ is {least:.2g} to {most:.2g})",
+            "give a larger edit.damping, or more retain rows",
+        )
+    if not ahead.slope > 0:
+        raise RunFailed("the forget set has no gradient: nothing can be raised", "")
 
 
 def num_tokens(rows: Rows) -> int:
