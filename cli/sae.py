@@ -10,7 +10,7 @@ import typer
 from unlearn.cli.entry import Halt, Json, Offline, go_offline, naming, say
 from unlearn.cli.options import Map
 from unlearn.cli.progress import Emit, listening, number
-from unlearn.cli.ranks import joined_ranks, require_one_process
+from unlearn.cli.ranks import Nproc, joined_ranks, require_one_process, started
 from unlearn.cli.recipe_option import RecipeFile
 
 app = typer.Typer(
@@ -70,6 +70,7 @@ def train(
     template: Joined = None,
     set_: Settings = None,
     recipe: RecipeFile = None,
+    nproc: Nproc = None,
     offline: Offline = False,
     json: Json = False,
 ) -> None:
@@ -84,6 +85,8 @@ def train(
     given = {"layer": layer, "kind": kind, "features": features, "k": k, "steps": steps}
     settings = settings_of({**given, "seed": seed}, set_ or [])
     check_folder(out)
+    if started(nproc, out):
+        return
     go_offline(offline)
     texts = _texts(model, data, map_, template, offline=offline)
     with joined_ranks() as first, listening(quiet=not first) as emit, naming(out), _resumable(out):
@@ -162,11 +165,11 @@ def _resumable(out: Path) -> Iterator[None]:
 
     try:
         yield
-    except (Halt, KeyboardInterrupt) as stop:
+    except (Halt, KeyboardInterrupt, Interrupted) as stop:
         if not (out / CHECKPOINT).is_file():
             raise
         hint = f"the same command goes on from what was last saved in '{out}'"
-        raise Interrupted("stopped on request", hint) from stop
+        raise Interrupted(str(stop) or "stopped on request", hint) from stop
 
 
 def _shown(emit: Emit) -> Emit:
