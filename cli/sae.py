@@ -1,4 +1,4 @@
-"""``unlearn sae``: train a sparse dictionary of a layer's activations, and look at one."""
+"""``unlearn sae``: train a sparse dictionary of a layer's activations, look at one, export it."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +14,7 @@ from unlearn.cli.ranks import Nproc, joined_ranks, require_one_process, started
 from unlearn.cli.recipe_option import RecipeFile
 
 app = typer.Typer(
-    help="Sparse autoencoders: dictionaries of what leaves a layer. Train one, look at one.",
+    help="Sparse autoencoders: dictionaries of what leaves a layer. Train, look at, export one.",
     no_args_is_help=True,
 )
 KindName = Literal["relu", "topk", "batchtopk", "jumprelu", "gated", "mutual", "feature"]
@@ -144,6 +144,30 @@ def inspect(
                 loaded, texts, name=str(dictionary), layer=layer, max_rows=max_rows, emit=emit
             )
     say(found, json=json, people=_show)
+
+
+@app.command(
+    epilog="Example: [bold]unlearn sae export saes/layer2 --format saelens --out saes/lens[/bold]"
+)
+def export(
+    dictionary: Annotated[
+        Path, typer.Argument(metavar="FILE", help="A file of ours, or a public format's folder.")
+    ],
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="New folder.")],
+    form: Annotated[
+        Literal["saelens"], typer.Option("--format", metavar="FORMAT", help="saelens.")
+    ] = "saelens",
+    recipe: RecipeFile = None,
+    json: Json = False,
+) -> None:
+    """Write a dictionary as SAELens reads it: cfg.json and sae_weights.safetensors."""
+    require_one_process("unlearn sae export")
+    from unlearn.recipes.sae import described
+    from unlearn.sae.export import export as write
+    from unlearn.sae.storage import load_dictionary
+
+    write(load_dictionary(dictionary), out, form=form)
+    say(described(load_dictionary(out)) | {"out": str(out)}, json=json, people=_show)
 
 
 def _texts(

@@ -49,6 +49,10 @@ def test_a_dictionary_is_trained_kept_and_looked_at(
     assert "40 features of width 32" in seen.out
     assert "jumprelu, trained as batchtopk" in seen.out
     assert max(map(len, seen.out.splitlines())) <= 80
+    written = unlearn("sae", "export", "sae", "--format", "saelens", "--out", "lens", "--json")
+    assert written.code == 0, written.err
+    assert (written.json["format"], written.json["hook"]) == ("SAELens", "blocks.0.hook_resid_post")
+    assert unlearn("sae", "export", "sae", "--out", "lens").code == 2
     measured = unlearn("sae", "inspect", "sae", "--model", "model", "--data", "texts.jsonl",
                        "--json")  # fmt: skip
     assert measured.code == 0, measured.err
