@@ -77,7 +77,7 @@ def test_a_stopped_training_is_saved_and_goes_on_with_the_same_command(
     whole = train("--set", "save_steps=4", "--set", "eval_steps=3", out="whole", steps=6)
     assert whole.code == 0, whole.err
     assert "after step 3" in whole.err
-    before, count = Training._step, []
+    before, count = Training.step, []
 
     def stopping(self: Training) -> None:
         count.append(1)
@@ -85,7 +85,7 @@ def test_a_stopped_training_is_saved_and_goes_on_with_the_same_command(
             signal.raise_signal(signal.SIGTERM)
         before(self)
 
-    monkeypatch.setattr(Training, "_step", stopping)
+    monkeypatch.setattr(Training, "step", stopping)
     stopped = train("--set", "save_steps=4", out="stopped", steps=6)
     assert stopped.code == 75
     assert "stopped on request after step 5" in stopped.err

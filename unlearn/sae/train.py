@@ -71,7 +71,7 @@ class Training:
         self._resume()
         steps = self.settings.steps
         while self.learner.step < min(steps, until or steps):
-            self._step()
+            self.step()
             step = self.learner.step
             stopping = self.ranks.any(self.stop())
             if stopping or (step % self.settings.save_steps == 0 and step < steps):
@@ -89,7 +89,8 @@ class Training:
         about |= {"metrics": metrics, "steps": self.learner.step}
         return Trained(replace(found, about=about), metrics)
 
-    def _step(self) -> None:
+    def step(self) -> None:
+        """Take the next batch of activations and learn from it."""
         whole = self.stream.take(self.settings.batch)
         if self.learner.step == 0:
             self.scale = scale_of(whole)
