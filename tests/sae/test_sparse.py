@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from unlearn.sae.activation import batch_threshold, batch_top_k, feature_choice, feature_thresholds
+from unlearn.sae.activation import batch_threshold
 from unlearn.sae.sparse import Places, combined, entries
 
 
@@ -62,13 +62,3 @@ def test_the_sample_spares_work_and_changes_nothing(kind: str, number: int) -> N
     positive = pre[pre > 0].sort(descending=True).values
     expected = float(positive[:number][-1])
     assert float(batch_threshold(pre, number)) == expected
-    kept, smallest = batch_top_k(pre, number)
-    assert float(smallest) == expected
-    assert torch.equal(kept > 0, pre >= expected)
-
-
-def test_thresholds_are_what_the_activation_functions_keep() -> None:
-    pre, counts = draw(9, 5), torch.tensor([1, 2, 4, 9, 20])
-    kept, smallest = feature_choice(pre, counts)
-    assert torch.equal(feature_thresholds(pre, counts), smallest)
-    assert torch.equal(kept > 0, pre >= smallest)

@@ -36,23 +36,16 @@ def gated(pi: Latents, magnitude: Latents) -> Latents:
     return magnitude.relu() * (pi > 0)
 
 
-def batch_top_k(
-    pre: Float[Tensor, "token latent"], number: int, ranks: Ranks | None = None
-) -> tuple[Float[Tensor, "token latent"], Float[Tensor, ""]]:
-    """Keep the ``number`` largest of relu(pre) over all tokens and latents, and the smallest kept.
-
-    BatchTopK (Bussmann et al. 2024, arXiv:2412.06410); Mutual Choice is the same rule (see
-    :mod:`unlearn.sae.zipf`). Exact ties of the last one are all kept. NaN if none is positive.
-    """
-    smallest = batch_threshold(pre, number, ranks)
-    return pre.relu() * (pre >= smallest), smallest
-
-
 @torch.no_grad()
 def batch_threshold(
     pre: Float[Tensor, "token latent"], number: int, ranks: Ranks | None = None
 ) -> Float[Tensor, ""]:
-    """Give the smallest value that :func:`batch_top_k` keeps."""
+    """Give the smallest of the ``number`` largest positive values over all tokens and latents.
+
+    What is not below it is active. BatchTopK (Bussmann et al. 2024, arXiv:2412.06410); Mutual
+    Choice is the same rule (see :mod:`unlearn.sae.zipf`). Exact ties of it are all active. NaN if
+    nothing is positive.
+    """
     ranks = ranks or Ranks()
     largest = _largest(pre.flatten(), number)
     if ranks.size > 1:
@@ -62,27 +55,18 @@ def batch_threshold(
     return largest.min() if len(largest) else pre.new_tensor(torch.nan)
 
 
-def feature_choice(
-    pre: Float[Tensor, "token latent"],
-    counts: Int[Tensor, " latent"],
-    ranks: Ranks | None = None,
-) -> tuple[Float[Tensor, "token latent"], Float[Tensor, " latent"]]:
-    """Keep the ``counts[i]`` largest of relu(pre) of each latent i, and the smallest kept of each.
-
-    NaN for latents that are positive nowhere. Every latent with a positive value is trained, so
-    none stays dead. Inspired by Ayonrinde 2024, arXiv:2411.02124; see :mod:`unlearn.sae.zipf`.
-    """
-    smallest = feature_thresholds(pre, counts, ranks)
-    return pre.relu() * (pre >= smallest), smallest
-
-
 @torch.no_grad()
 def feature_thresholds(
     pre: Float[Tensor, "token latent"],
     counts: Int[Tensor, " latent"],
     ranks: Ranks | None = None,
 ) -> Float[Tensor, " latent"]:
-    """Give the smallest value of each latent that :func:`feature_choice` keeps."""
+    """Give the smallest of the ``counts[i]`` largest positive values of each latent i.
+
+    What is not below it is active: Feature Choice. NaN for latents that are positive nowhere. Every
+    latent with a positive value is trained, so none stays dead. Inspired by Ayonrinde 2024,
+    arXiv:2411.02124; see :mod:`unlearn.sae.zipf`.
+    """
     ranks = ranks or Ranks()
     largest = pre.topk(min(int(counts.max()), len(pre)), dim=0).values
     if ranks.size > 1:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int, Shaped
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
 from unlearn.ranks import Ranks
@@ -119,15 +119,10 @@ class Learner:
         values = entries(view.w_enc, bias, centred, pre, places).relu()
         error = x - combined(values, places, view.w_dec) - view.b_dec
         terms: Terms = {"error": (1.0, error.square().sum(-1))}
-        needed = self._needed()
-        if self.settings.aux and bool(needed.any()):
-            chosen = needed.nonzero()[:, 0]
-            with self._products():
-                pre = (centred @ view.w_enc[:, chosen]).to(x.dtype) + bias[chosen]
-            k_aux = self.settings.k_aux or max(1, self.width // 2)
-            lost = losses.aux_zipf(error, pre, view.w_dec[chosen], needed[chosen], k_aux)
+        if self.settings.aux and bool((wanted := self._wanted()).any()):
+            lost = self._auxiliary(error, centred, wanted, view)
             terms["auxiliary"] = self.settings.aux, lost
-        return _fired(places.latents[values > 0], self.latents), terms
+        return torch.bincount(places.latents[values > 0], minlength=self.latents), terms
 
     def _all(self, x: Activation) -> tuple[PerLatent, Terms]:
         """Give the same for the kinds whose penalties look at every latent."""
@@ -208,12 +203,23 @@ class Learner:
         moved = torch.where(fresh, smallest, keep * self.threshold + (1 - keep) * smallest)
         self.threshold = torch.where(smallest.isnan(), self.threshold, moved)
 
-    def _needed(self) -> PerLatent:
-        """Say how much each latent should be helped by the auxiliary loss: 0 to 1, or dead."""
+    def _wanted(self) -> PerLatent:
+        """Mark the dead latents; once there is a law, say how much each is to be helped, 0 to 1."""
         if self.zipf is None:
-            return self.dead.float()
+            return self.dead
         expected = (self.settings.k * self.zipf.of_latents(self.frequency)).clamp(max=1.0)
         return need(self.frequency, expected).float()
+
+    def _auxiliary(
+        self, error: Activation, centred: Activation, wanted: PerLatent, view: Dictionary
+    ) -> Tensor:
+        """Give AuxK or aux_zipf, from the latents it is about: the others would add 0."""
+        chosen = wanted.nonzero()[:, 0]
+        with self._products():
+            pre = (centred @ view.w_enc[:, chosen]).to(error.dtype) + self._bias(view)[chosen]
+        loss = losses.aux_zipf if self.zipf else losses.aux_k
+        k_aux = self.settings.k_aux or max(1, self.width // 2)
+        return loss(error, pre, view.w_dec[chosen], wanted[chosen], k_aux)
 
     def _fit_zipf(self) -> None:
         """Fit the law once the warm-up is over; thresholds of one latent each begin anew."""
@@ -283,10 +289,6 @@ class Learner:
             setattr(self, name, tensors[name].to(self.silent.device))
         self.step = int(values["step"])
         self.zipf = Zipf(*values["zipf"]) if values["zipf"] else None
-
-
-def _fired(latents: Int[Tensor, " active"], number: int) -> PerLatent:
-    return torch.bincount(latents, minlength=number)
 
 
 def _initial(settings: TrainSettings, width: int, latents: int, device: Any) -> dict[str, Tensor]:
