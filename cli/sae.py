@@ -14,7 +14,7 @@ from unlearn.cli.ranks import Nproc, joined_ranks, require_one_process, started
 from unlearn.cli.recipe_option import RecipeFile
 
 app = typer.Typer(
-    help="Sparse autoencoders: dictionaries of what leaves a layer. Train, look at, export one.",
+    help="Sparse autoencoders: dictionaries of what leaves a layer. Train one, look at one.",
     no_args_is_help=True,
 )
 KindName = Literal["relu", "topk", "batchtopk", "jumprelu", "gated", "mutual", "feature"]
