@@ -85,11 +85,8 @@ def start(recipe: Any, command: list[str], *, offline: bool, json: bool) -> None
         LaunchEnded: the run did not succeed.
         UserError: the engine cannot work here.
     """
-    from unlearn.cli.entry import LaunchEnded, stdout_for_children
     from unlearn.engines import check_engine, environment
     from unlearn.launch import Launch
-    from unlearn.launch import start as start_processes
-    from unlearn.runs import COMMAND, command_line
 
     section = recipe.launch
     launch = Launch(section.nproc, section.nnodes, section.rdzv)
@@ -99,12 +96,38 @@ def start(recipe: Any, command: list[str], *, offline: bool, json: bool) -> None
         where = f"{section.nnodes} nodes meet at {section.rdzv}"
         print(f"{where}; this one waits up to {minutes} minutes", file=sys.stderr, flush=True)
     flags = [flag for flag, on in (("--offline", offline), ("--json", json)) if on]
-    variables = environment(section.chosen) | {COMMAND: command_line()}
+    _start(launch, [*command, *flags], Path(recipe.out), environment(section.chosen))
+
+
+def started(nproc: int | None, out: Path) -> bool:
+    """Run the command as it was typed in ``nproc`` processes; False if this is one of them.
+
+    Also False where one process is wanted: the caller does the work itself.
+
+    Raises:
+        LaunchEnded: the command did not succeed.
+        UserError: there are fewer devices.
+    """
+    from unlearn.engines import check_engine
+    from unlearn.launch import Launch
+
+    if inside_launch() or (nproc or 1) == 1:
+        return False
+    check_engine("ddp", nproc or 1)
+    _start(Launch(nproc or 1), sys.argv[1:], out, {})
+    return True
+
+
+def _start(launch: Any, words: list[str], out: Path, variables: dict[str, str]) -> None:
+    from unlearn.cli.entry import LaunchEnded, stdout_for_children
+    from unlearn.launch import start as start_processes
+    from unlearn.runs import COMMAND, command_line
+
     sys.stdout.flush()
     with stdout_for_children():
-        outcome = start_processes(launch, [*command, *flags], variables=variables)
+        outcome = start_processes(launch, words, variables=variables | {COMMAND: command_line()})
     if outcome.code:
-        raise LaunchEnded(outcome, Path(recipe.out))
+        raise LaunchEnded(outcome, out)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""``unlearn sae``: train a sparse dictionary of a layer's activations, and look at one."""
+"""``unlearn sae``: train a sparse dictionary of a layer's activations, look at one, export it."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +10,7 @@ import typer
 from unlearn.cli.entry import Halt, Json, Offline, go_offline, naming, say
 from unlearn.cli.options import Map
 from unlearn.cli.progress import Emit, listening, number
-from unlearn.cli.ranks import joined_ranks, require_one_process
+from unlearn.cli.ranks import Nproc, joined_ranks, require_one_process, started
 from unlearn.cli.recipe_option import RecipeFile
 
 app = typer.Typer(
@@ -70,6 +70,7 @@ def train(
     template: Joined = None,
     set_: Settings = None,
     recipe: RecipeFile = None,
+    nproc: Nproc = None,
     offline: Offline = False,
     json: Json = False,
 ) -> None:
@@ -84,6 +85,8 @@ def train(
     given = {"layer": layer, "kind": kind, "features": features, "k": k, "steps": steps}
     settings = settings_of({**given, "seed": seed}, set_ or [])
     check_folder(out)
+    if started(nproc, out):
+        return
     go_offline(offline)
     texts = _texts(model, data, map_, template, offline=offline)
     with joined_ranks() as first, listening(quiet=not first) as emit, naming(out), _resumable(out):
@@ -143,6 +146,30 @@ def inspect(
     say(found, json=json, people=_show)
 
 
+@app.command(
+    epilog="Example: [bold]unlearn sae export saes/layer2 --format saelens --out saes/lens[/bold]"
+)
+def export(
+    dictionary: Annotated[
+        Path, typer.Argument(metavar="FILE", help="A file of ours, or a public format's folder.")
+    ],
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="New folder.")],
+    form: Annotated[
+        Literal["saelens"], typer.Option("--format", metavar="FORMAT", help="saelens.")
+    ] = "saelens",
+    recipe: RecipeFile = None,
+    json: Json = False,
+) -> None:
+    """Write a dictionary as SAELens reads it: cfg.json and sae_weights.safetensors."""
+    require_one_process("unlearn sae export")
+    from unlearn.recipes.sae import described
+    from unlearn.sae.export import export as write
+    from unlearn.sae.storage import load_dictionary
+
+    write(load_dictionary(dictionary), out, form=form)
+    say(described(load_dictionary(out)) | {"out": str(out)}, json=json, people=_show)
+
+
 def _texts(
     model: str, data: str, map_: list[str] | None, template: str | None, *, offline: bool
 ) -> Any:
@@ -162,11 +189,11 @@ def _resumable(out: Path) -> Iterator[None]:
 
     try:
         yield
-    except (Halt, KeyboardInterrupt) as stop:
+    except (Halt, KeyboardInterrupt, Interrupted) as stop:
         if not (out / CHECKPOINT).is_file():
             raise
         hint = f"the same command goes on from what was last saved in '{out}'"
-        raise Interrupted("stopped on request", hint) from stop
+        raise Interrupted(str(stop) or "stopped on request", hint) from stop
 
 
 def _shown(emit: Emit) -> Emit:

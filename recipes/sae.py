@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from unlearn import models
+from unlearn import models, monitors
 from unlearn.data import Template, encode, load_rows, pad_token_id, tokenize
 from unlearn.errors import UserError, did_you_mean
 from unlearn.kinds import load_config
@@ -21,7 +21,7 @@ from unlearn.sae.measure import doubts, fidelity, held_out_activations, recovery
 from unlearn.sae.settings import TrainSettings
 from unlearn.sae.storage import FILE, save_dictionary
 from unlearn.sae.stream import Activations
-from unlearn.sae.train import train_dictionary
+from unlearn.sae.train import Training
 
 CHECKPOINT, EVENTS, RESULTS = "training.safetensors", "events.jsonl", "results.json"
 LOGGED = 50
@@ -104,6 +104,7 @@ def train(
 
     Raises:
         UserError: whatever is wrong with the model, the texts, the settings or the folder.
+        Interrupted: stopped by SIGINT or SIGTERM; the last step is saved.
     """
     check_model_folder(texts.source.path)
     ranks = Ranks.world()
@@ -114,15 +115,16 @@ def train(
     emit({"event": "stage", "stage": "load"})
     model = models.load_model(texts.source)
     emit({"event": "stage", "stage": "training the dictionary"})
-    trained = train_dictionary(
-        model,
-        corpus,
-        settings,
-        pad_id=pad_id,
-        checkpoint=out / CHECKPOINT,
-        identity={"model": models.weights_hash(model)},
-        emit=_logged(emit, out, ranks),
-    )
+    stop = monitors.StopRequest(in_step=True)
+    with stop.listening():
+        trained = Training(
+            Activations(model, corpus, settings.layer, pad_id),
+            settings,
+            checkpoint=out / CHECKPOINT,
+            identity={"model": models.weights_hash(model)},
+            emit=_logged(emit, out, ranks),
+            stop=lambda: stop.requested,
+        ).run()
     results = described(trained.dictionary) | {"metrics": dict(trained.metrics)}
     results |= {"model": texts.source.path, "data": texts.data, "versions": versions()}
     named = named_after(trained.dictionary, texts.source.path)

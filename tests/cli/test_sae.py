@@ -49,6 +49,10 @@ def test_a_dictionary_is_trained_kept_and_looked_at(
     assert "40 features of width 32" in seen.out
     assert "jumprelu, trained as batchtopk" in seen.out
     assert max(map(len, seen.out.splitlines())) <= 80
+    written = unlearn("sae", "export", "sae", "--format", "saelens", "--out", "lens", "--json")
+    assert written.code == 0, written.err
+    assert (written.json["format"], written.json["hook"]) == ("SAELens", "blocks.0.hook_resid_post")
+    assert unlearn("sae", "export", "sae", "--out", "lens").code == 2
     measured = unlearn("sae", "inspect", "sae", "--model", "model", "--data", "texts.jsonl",
                        "--json")  # fmt: skip
     assert measured.code == 0, measured.err
@@ -64,33 +68,52 @@ def test_a_recipe_file_says_what_options_say(train: Callable[..., Any]) -> None:
     assert (settings["kind"], settings["seed"], settings["batch"]) == ("gated", 3, 32)
 
 
-def test_a_stopped_training_goes_on_with_the_same_command(
+def test_a_stopped_training_is_saved_and_goes_on_with_the_same_command(
     train: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Stopped in step 5, which is finished and saved although only each fourth would be."""
     from unlearn.sae.train import Training
 
-    whole = train("--set", "save_steps=2", "--set", "eval_steps=3", out="whole", steps=6)
+    whole = train("--set", "save_steps=4", "--set", "eval_steps=3", out="whole", steps=6)
     assert whole.code == 0, whole.err
     assert "after step 3" in whole.err
-    before, count = Training._step, []
+    before, count = Training.step, []
 
     def stopping(self: Training) -> None:
-        before(self)
         count.append(1)
-        if len(count) == 5:  # saved after step 4
+        if len(count) == 5:
             signal.raise_signal(signal.SIGTERM)
+        before(self)
 
-    monkeypatch.setattr(Training, "_step", stopping)
-    stopped = train("--set", "save_steps=2", out="stopped", steps=6)
+    monkeypatch.setattr(Training, "step", stopping)
+    stopped = train("--set", "save_steps=4", out="stopped", steps=6)
     assert stopped.code == 75
+    assert "stopped on request after step 5" in stopped.err
     assert "the same command goes on from what was last saved in 'stopped'" in stopped.err
     assert not Path("stopped/results.json").exists()
-    resumed = train("--set", "save_steps=2", out="stopped", steps=6)
+    resumed = train("--set", "save_steps=4", out="stopped", steps=6)
     assert resumed.code == 0, resumed.err
-    assert "going on after step 4" in resumed.err
+    assert len(count) == 6
+    assert "going on after step 5" in resumed.err
     first, second = (load_file(f"{name}/sae.safetensors") for name in ("whole", "stopped"))
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert not Path("stopped/training.safetensors").exists()
+
+
+def test_several_processes_are_started_by_the_command(train: Callable[..., Any]) -> None:
+    """With --nproc 2 the command speaks once, and writes what one process does (but rounding)."""
+    alone = train(out="alone", steps=3)
+    assert alone.code == 0, alone.err
+    done = train("--nproc", 2, out="both", steps=3)
+    assert done.code == 0, done.err
+    first, second = (load_file(f"{name}/sae.safetensors") for name in ("alone", "both"))
+    for name, one in first.items():
+        torch.testing.assert_close(second[name], one, rtol=2e-3, atol=2e-4, msg=name)
+    events = [json.loads(line) for line in Path("both/events.jsonl").read_text().splitlines()]
+    assert [one["step"] for one in events if one["event"] == "learnt"] == [3]
+    finished = train("--nproc", 2, out="both")
+    assert finished.code == 2
+    assert "'both' holds a finished training" in finished.err
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from unlearn.sae import losses
-from unlearn.sae.activation import batch_top_k, feature_choice, jump, step
+from unlearn.sae.activation import batch_threshold, feature_thresholds, jump, step
 from unlearn.sae.zipf import Zipf, budgets, need
 
 
@@ -18,29 +18,26 @@ def draw(*shape: int, seed: int = 0) -> torch.Tensor:
 def test_a_batch_keeps_its_largest_positive_values(number: int) -> None:
     """Of 60 values about half are positive: a larger number keeps those alone."""
     pre = draw(6, 10)
-    kept, smallest = batch_top_k(pre, number)
+    smallest = batch_threshold(pre, number)
     best = sorted((value for value in pre.flatten().tolist() if value > 0), reverse=True)[:number]
-    assert sorted(kept[kept > 0].tolist(), reverse=True) == best
+    assert sorted(pre[pre >= smallest].tolist(), reverse=True) == best
     assert smallest.item() == best[-1]
-    assert torch.equal(kept[kept > 0], pre[kept > 0])
 
 
 def test_nothing_positive_keeps_nothing() -> None:
-    kept, smallest = batch_top_k(-draw(3, 4).abs(), 5)
-    assert not kept.any()
-    assert smallest.isnan()
-    kept, each = feature_choice(-draw(3, 4).abs(), torch.tensor([1, 2, 3, 3]))
-    assert not kept.any()
-    assert each.isnan().all()
+    pre = -draw(3, 4).abs()
+    assert batch_threshold(pre, 5).isnan()
+    assert feature_thresholds(pre, torch.tensor([1, 2, 3, 3])).isnan().all()
+    assert not (pre >= torch.nan).any()
 
 
 def test_each_latent_keeps_its_own_number_of_tokens() -> None:
     pre, counts = draw(9, 5), torch.tensor([1, 2, 4, 9, 20])
-    kept, smallest = feature_choice(pre, counts)
+    smallest = feature_thresholds(pre, counts)
     for latent, count in enumerate(counts.tolist()):
-        column = pre[:, latent].tolist()
-        best = sorted((value for value in column if value > 0), reverse=True)[:count]
-        assert sorted(kept[:, latent][kept[:, latent] > 0].tolist(), reverse=True) == best
+        column = pre[:, latent]
+        best = sorted((value for value in column.tolist() if value > 0), reverse=True)[:count]
+        assert sorted(column[column >= smallest[latent]].tolist(), reverse=True) == best
         assert smallest[latent].item() == best[-1]
 
 

@@ -172,10 +172,14 @@ def test_a_splice_leaves_no_trace_even_after_an_error(tiny_model: Any) -> None:
 
 
 def test_activations_that_are_no_numbers_are_refused(tiny_model: Any) -> None:
+    """One token of the vocabulary is broken: the first row where it stands is named."""
+    corpus = long_rows()
+    broken = int(corpus.ids[corpus.starts[7] + 3])
     with torch.no_grad():
-        tiny_model.model.layers[0].mlp.down_proj.weight[0, 0] = torch.nan
-    with pytest.raises(UserError, match="layer 0 is NaN or infinite"):
-        Activations(tiny_model, long_rows(), 0).of_rows([0])
+        tiny_model.get_input_embeddings().weight[broken] = torch.nan
+    row = next(n for n, ids in enumerate(rows_of(corpus)) if broken in ids)
+    with pytest.raises(UserError, match=f"layer 0 is NaN or infinite in row {row} of the text"):
+        Activations(tiny_model, corpus, 0).of_rows(range(12))
     with pytest.raises(UserError, match="layer=5 given, but the model has 2 layers"):
         Activations(tiny_model, long_rows(), 5)
 

@@ -13,6 +13,8 @@ from torch import Tensor
 from unlearn.ranks import Ranks
 
 Latents = Float[Tensor, "*token latent"]
+STRIDE = 61
+"""One in so many values is sampled: a prime, so that no latent is left out again and again."""
 
 
 def top_k(pre: Latents, k: int) -> Latents:
@@ -34,60 +36,71 @@ def gated(pi: Latents, magnitude: Latents) -> Latents:
     return magnitude.relu() * (pi > 0)
 
 
-def batch_top_k(
+@torch.no_grad()
+def batch_threshold(
     pre: Float[Tensor, "token latent"], number: int, ranks: Ranks | None = None
-) -> tuple[Float[Tensor, "token latent"], Float[Tensor, ""]]:
-    """Keep the ``number`` largest of relu(pre) over all tokens and latents, and the smallest kept.
+) -> Float[Tensor, ""]:
+    """Give the smallest of the ``number`` largest positive values over all tokens and latents.
 
-    BatchTopK (Bussmann et al. 2024, arXiv:2412.06410); Mutual Choice is the same rule (see
-    :mod:`unlearn.sae.zipf`). Exact ties of the last one are all kept. NaN if none is positive.
+    What is not below it is active. BatchTopK (Bussmann et al. 2024, arXiv:2412.06410); Mutual
+    Choice is the same rule (see :mod:`unlearn.sae.zipf`). Exact ties of it are all active. NaN if
+    nothing is positive.
     """
-    latents = pre.relu()
-    with torch.no_grad():
-        flat = latents.flatten()
-        largest = flat.topk(min(number, flat.numel())).values
-        ranks = ranks or Ranks()
-        if ranks.size > 1:
-            sizes = _sizes(len(largest), ranks)
-            largest = torch.cat([part[0] for part in ranks.gather(largest[None], sizes)])
-            largest = largest.topk(min(number, len(largest))).values
-        smallest = _smallest(largest)
-    return latents * (latents >= smallest), smallest
+    ranks = ranks or Ranks()
+    largest = _largest(pre.flatten(), number)
+    if ranks.size > 1:
+        sizes = _sizes(len(largest), ranks)
+        parts = ranks.gather(largest[None], sizes)
+        largest = _largest(torch.cat([part[0] for part in parts]), number)
+    return largest.min() if len(largest) else pre.new_tensor(torch.nan)
 
 
-def feature_choice(
+@torch.no_grad()
+def feature_thresholds(
     pre: Float[Tensor, "token latent"],
     counts: Int[Tensor, " latent"],
     ranks: Ranks | None = None,
-) -> tuple[Float[Tensor, "token latent"], Float[Tensor, " latent"]]:
-    """Keep the ``counts[i]`` largest of relu(pre) of each latent i, and the smallest kept of each.
+) -> Float[Tensor, " latent"]:
+    """Give the smallest of the ``counts[i]`` largest positive values of each latent i.
 
-    NaN for latents that are positive nowhere. Every latent with a positive value is trained, so
-    none stays dead. Inspired by Ayonrinde 2024, arXiv:2411.02124; see :mod:`unlearn.sae.zipf`.
+    What is not below it is active: Feature Choice. NaN for latents that are positive nowhere. Every
+    latent with a positive value is trained, so none stays dead. Inspired by Ayonrinde 2024,
+    arXiv:2411.02124; see :mod:`unlearn.sae.zipf`.
     """
-    latents = pre.relu()
-    with torch.no_grad():
-        ranks = ranks or Ranks()
-        largest = latents.topk(min(int(counts.max()), len(latents)), dim=0).values
-        if ranks.size > 1:
-            sizes = _sizes(len(largest), ranks)
-            largest = torch.cat(ranks.gather(largest.t().contiguous(), sizes), dim=1).t()
-            largest = largest.sort(dim=0, descending=True).values
-        places = torch.arange(len(largest), device=pre.device)[:, None]
-        among = largest.masked_fill(places >= counts, 0.0)
-        smallest = among.masked_fill(among <= 0, torch.inf).amin(0)
-        smallest = smallest.masked_fill(smallest.isinf(), torch.nan)
-    return latents * (latents >= smallest), smallest
+    ranks = ranks or Ranks()
+    largest = pre.topk(min(int(counts.max()), len(pre)), dim=0).values
+    if ranks.size > 1:
+        sizes = _sizes(len(largest), ranks)
+        largest = torch.cat(ranks.gather(largest.t().contiguous(), sizes), dim=1).t()
+        largest = largest.sort(dim=0, descending=True).values
+    places = torch.arange(len(largest), device=pre.device)[:, None]
+    kept = (places < counts) & (largest > 0)
+    smallest = largest.masked_fill(~kept, torch.inf).amin(0)
+    return smallest.masked_fill(smallest.isinf(), torch.nan)
+
+
+def _largest(values: Float[Tensor, " value"], number: int) -> Float[Tensor, " kept"]:
+    """Give the ``number`` largest of the positive values, in no order.
+
+    Those below a bound guessed from a sample are put aside first, which spares most of the work;
+    where the guess was too high, all positive values are looked through.
+    """
+    bound = _bound(values[::STRIDE], 1 + number // STRIDE)
+    kept = values[values > bound]
+    if len(kept) < number and bound > 0:
+        kept = values[values > 0]
+    return kept.topk(number, sorted=False).values if len(kept) > number else kept
+
+
+def _bound(sample: Float[Tensor, " value"], number: int) -> float:
+    """Give what is almost surely less than the ``number``-th largest, and not negative."""
+    safe = int(1.1 * number + 4 * number**0.5)
+    return max(0.0, float(sample.topk(safe, sorted=True).values[-1])) if safe < len(sample) else 0.0
 
 
 def _sizes(own: int, ranks: Ranks) -> list[int]:
     found = ranks.gather(torch.tensor([[own]]), [1] * ranks.size)
     return [int(part) for part in found]
-
-
-def _smallest(largest: Float[Tensor, " value"]) -> Float[Tensor, ""]:
-    positive = largest[largest > 0]
-    return positive.min() if len(positive) else largest.new_tensor(torch.nan)
 
 
 class _Jump(torch.autograd.Function):

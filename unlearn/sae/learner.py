@@ -2,22 +2,25 @@
 
 import math
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
 from unlearn.ranks import Ranks
 from unlearn.sae import losses
-from unlearn.sae.activation import batch_top_k, feature_choice, gated, jump, top_k
+from unlearn.sae.activation import batch_threshold, feature_thresholds, gated, jump
 from unlearn.sae.dictionary import OF_BATCH, Dictionary
 from unlearn.sae.settings import CHOICE, UNIT, TrainSettings
+from unlearn.sae.sparse import Places, combined, entries
 from unlearn.sae.zipf import Zipf, budgets, need
 
 Activation = Float[Tensor, "token width"]
 Latents = Float[Tensor, "token latent"]
+PerLatent = Shaped[Tensor, " latent"]
 Terms = dict[str, tuple[float, Tensor]]
 SLOW, QUICK = 0.999, 0.99
 """How much of a running mean stays per step: of one threshold for all; of each latent's."""
@@ -46,8 +49,10 @@ class Learner:
     ) -> None:
         self.settings, self.ranks, self.step = settings, ranks or Ranks(), 0
         self.width, self.latents = width, settings.latents(width)
+        self.bf16 = torch.device(device).type == "cuda" if settings.bf16 is None else settings.bf16
         self.params = _initial(settings, width, self.latents, device)
-        self.optimiser = torch.optim.Adam(list(self.params.values()), betas=(0.9, 0.999))
+        parameters = list(self.params.values())
+        self.optimiser = torch.optim.Adam(parameters, betas=(0.9, 0.999), fused=True)
         self.silent = torch.zeros(self.latents, dtype=torch.int64, device=device)
         self.frequency = torch.zeros(self.latents, dtype=torch.float64, device=device)
         self.threshold = torch.full((self.latents,), math.nan, device=device)
@@ -65,12 +70,12 @@ class Learner:
         for group in self.optimiser.param_groups:
             group["lr"] = rate
         self.optimiser.zero_grad()
-        latents, terms = self._terms(x, total)
+        fired, terms = self._few(x, total) if self.settings.kind in UNIT else self._all(x)
         weighted = sum(weight * value.sum() for weight, value in terms.values())
         assert isinstance(weighted, Tensor)
         (weighted / total).backward()
         self._move()
-        told = self._count(latents.detach(), terms, total)
+        told = self._count(fired, terms, total)
         self.step += 1
         return told
 
@@ -101,18 +106,47 @@ class Learner:
             found["threshold"] = found.pop("log_theta").exp()
         return Dictionary(self.settings.kind, **found, k=self.settings.k)
 
-    def _terms(self, x: Activation, total: int) -> tuple[Latents, Terms]:
-        """Give the latents, and every loss per token with its weight."""
+    def _few(self, x: Activation, total: int) -> tuple[PerLatent, Terms]:
+        """Give how often each latent fired, and every loss per token with its weight.
+
+        For the kinds that know how many latents are active: only these are worked with.
+        """
         view = self._view()
-        pre = view.pre(x)
-        latents = self._choose(view, pre, total)
-        reconstruction = view.decode(latents)
+        centred, bias = x - view.b_dec.detach(), self._bias(view)
+        with torch.no_grad(), self._products():
+            pre = (centred @ view.w_enc).to(x.dtype).add_(bias)
+        places = self._choose(pre, total)
+        values = entries(view.w_enc, bias, centred, pre, places).relu()
+        error = x - combined(values, places, view.w_dec) - view.b_dec
+        terms: Terms = {"error": (1.0, error.square().sum(-1))}
+        if self.settings.aux and bool((wanted := self._wanted()).any()):
+            lost = self._auxiliary(error, centred, wanted, view)
+            terms["auxiliary"] = self.settings.aux, lost
+        return torch.bincount(places.latents[values > 0], minlength=self.latents), terms
+
+    def _all(self, x: Activation) -> tuple[PerLatent, Terms]:
+        """Give the same for the kinds whose penalties look at every latent."""
+        view = self._view()
+        with self._products():
+            pre = ((x - view.b_dec.detach()) @ view.w_enc).to(x.dtype) + self._bias(view)
+        latents = self._active(view, pre)
+        with self._products():
+            reconstruction = view.decode(latents).to(x.dtype)
         terms: Terms = {"error": (1.0, losses.squared_error(x, reconstruction))}
-        if self.settings.kind not in UNIT:
-            return latents, terms | self._penalties(x, pre, latents, view)
-        if self.settings.aux:
-            terms["auxiliary"] = self.settings.aux, self._auxiliary(x - reconstruction, pre, view)
-        return latents, terms
+        return (latents > 0).sum(0), terms | self._penalties(x, pre, latents, view)
+
+    def _bias(self, view: Dictionary) -> PerLatent:
+        """Give the encoder's bias, with the gradient of the decoder's added to its own.
+
+        What is added is 0. Taken off every input instead, b_dec would have its gradient from that
+        of all inputs: a product as large as the encoder's, of which only the sum is wanted.
+        """
+        return view.b_enc + (view.b_dec.detach() - view.b_dec) @ view.w_enc.detach()
+
+    def _products(self) -> AbstractContextManager[Any]:
+        """Let dense products be of bfloat16 numbers inside the block, where that is asked for."""
+        device = self.params["w_enc"].device.type
+        return torch.autocast(device, torch.bfloat16) if self.bf16 else nullcontext()
 
     def _penalties(self, x: Activation, pre: Latents, latents: Latents, view: Dictionary) -> Terms:
         """Give what keeps the kinds sparse whose latents are not counted."""
@@ -130,25 +164,28 @@ class Learner:
         pulled = losses.pre_activation(pre, view.threshold, norms, self.dead)
         return {"penalty": (weight, sparsity), "auxiliary": (how.pre_act, pulled)}
 
-    def _choose(self, view: Dictionary, pre: Latents, total: int) -> Latents:
+    def _active(self, view: Dictionary, pre: Latents) -> Latents:
         how = self.settings
         if how.kind == "relu":
             return pre.relu()
-        if how.kind == "topk":
-            return top_k(pre, how.k)
         if how.kind == "gated":
             return gated(pre, view.magnitude(pre))
-        if how.kind == "jumprelu":
-            assert view.threshold is not None
-            return jump(pre, view.threshold, how.bandwidth)
+        assert view.threshold is not None
+        return jump(pre, view.threshold, how.bandwidth)
+
+    @torch.no_grad()
+    def _choose(self, pre: Latents, total: int) -> Places:
+        how = self.settings
+        if how.kind == "topk":
+            return Places.of_top(pre.topk(how.k, sorted=False).indices)
         if how.kind == "feature" and self.zipf:
             counts = budgets(self.zipf.of_latents(self.frequency), how.k * total)
-            latents, smallest = feature_choice(pre, counts, self.ranks)
+            smallest = feature_thresholds(pre, counts, self.ranks)
             self._raise(smallest, QUICK)
         else:
-            latents, lowest = batch_top_k(pre, how.k * total, self.ranks)
-            self._raise(lowest.expand(self.latents), SLOW)
-        return latents
+            smallest = batch_threshold(pre, how.k * total, self.ranks).expand(self.latents)
+            self._raise(smallest, SLOW)
+        return Places.of_mask(pre >= smallest)
 
     def _raise(self, smallest: Float[Tensor, " latent"], keep: float) -> None:
         """Let thresholds follow the smallest activation kept; NaN tells nothing.
@@ -166,13 +203,23 @@ class Learner:
         moved = torch.where(fresh, smallest, keep * self.threshold + (1 - keep) * smallest)
         self.threshold = torch.where(smallest.isnan(), self.threshold, moved)
 
-    def _auxiliary(self, error: Activation, pre: Latents, view: Dictionary) -> Tensor:
-        k_aux = self.settings.k_aux or max(1, self.width // 2)
+    def _wanted(self) -> PerLatent:
+        """Mark the dead latents; once there is a law, say how much each is to be helped, 0 to 1."""
         if self.zipf is None:
-            return losses.aux_k(error, pre, view.w_dec, self.dead, k_aux)
+            return self.dead
         expected = (self.settings.k * self.zipf.of_latents(self.frequency)).clamp(max=1.0)
-        wanted = need(self.frequency, expected).to(pre.dtype)
-        return losses.aux_zipf(error, pre, view.w_dec, wanted, k_aux)
+        return need(self.frequency, expected).float()
+
+    def _auxiliary(
+        self, error: Activation, centred: Activation, wanted: PerLatent, view: Dictionary
+    ) -> Tensor:
+        """Give AuxK or aux_zipf, from the latents it is about: the others would add 0."""
+        chosen = wanted.nonzero()[:, 0]
+        with self._products():
+            pre = (centred @ view.w_enc[:, chosen]).to(error.dtype) + self._bias(view)[chosen]
+        loss = losses.aux_zipf if self.zipf else losses.aux_k
+        k_aux = self.settings.k_aux or max(1, self.width // 2)
+        return loss(error, pre, view.w_dec[chosen], wanted[chosen], k_aux)
 
     def _fit_zipf(self) -> None:
         """Fit the law once the warm-up is over; thresholds of one latent each begin anew."""
@@ -190,22 +237,23 @@ class Learner:
         for parameter in self.params.values():
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-            parameter.grad.copy_(self.ranks.add(parameter.grad))
+            if self.ranks.size > 1:
+                parameter.grad.copy_(self.ranks.add(parameter.grad))
         directions = self.params["w_dec"]
         if self.settings.kind not in UNIT:
             self.optimiser.step()
             return
         assert directions.grad is not None
-        along = (directions.grad * directions).sum(1, keepdim=True)
-        directions.grad -= along * directions
+        along = torch.linalg.vecdot(directions.grad, directions)
+        directions.grad.addcmul_(along[:, None], directions, value=-1)
         self.optimiser.step()
         directions /= directions.norm(dim=1, keepdim=True)
 
     @torch.no_grad()
     def _count(
-        self, latents: Latents, terms: Mapping[str, tuple[float, Tensor]], total: int
+        self, fired: PerLatent, terms: Mapping[str, tuple[float, Tensor]], total: int
     ) -> Told:
-        fired = self.ranks.add((latents > 0).sum(0))
+        fired = self.ranks.add(fired)
         self.silent = torch.where(fired > 0, 0, self.silent + total)
         now = fired.double() / total
         self.frequency = now if self.step == 0 else QUICK * self.frequency + (1 - QUICK) * now
@@ -234,18 +282,13 @@ class Learner:
             for name, parameter in self.params.items():
                 parameter.copy_(tensors[f"params.{name}"])
                 self.optimiser.state[parameter] = {
-                    key: _placed(tensors[f"adam.{key}.{name}"], key, parameter)
+                    key: tensors[f"adam.{key}.{name}"].to(parameter.device, copy=True)
                     for key in ("step", "exp_avg", "exp_avg_sq")
                 }
         for name in ("silent", "frequency", "threshold"):
             setattr(self, name, tensors[name].to(self.silent.device))
         self.step = int(values["step"])
         self.zipf = Zipf(*values["zipf"]) if values["zipf"] else None
-
-
-def _placed(value: Tensor, key: str, parameter: Tensor) -> Tensor:
-    """Adam counts its steps on the CPU."""
-    return value.clone() if key == "step" else value.to(parameter.device, copy=True)
 
 
 def _initial(settings: TrainSettings, width: int, latents: int, device: Any) -> dict[str, Tensor]:

@@ -34,7 +34,8 @@ class TrainSettings:
 
     ``choice_warmup``: share of the steps in which Mutual and Feature Choice are BatchTopK with
     AuxK; then the Zipf law is fitted. ``jump_penalty``: ``step`` or ``tanh``. ``pre_act`` weighs
-    what pulls dead latents of jumprelu up. ``held_out``: rows to measure on, every ``eval_steps``.
+    what pulls dead latents of jumprelu up. ``bf16``: the dense products of a step are of bfloat16
+    numbers; None on a GPU and nowhere else. ``held_out``: rows to measure on, every ``eval_steps``.
     """
 
     layer: Annotated[int, Field(ge=0)]
@@ -61,6 +62,7 @@ class TrainSettings:
     bandwidth: PositiveFloat = 0.05
     jump_penalty: Literal["step", "tanh"] = "step"
     pre_act: NonNegativeFloat = 3e-6
+    bf16: bool | None = None
     held_out: PositiveInt = 32
     eval_steps: PositiveInt = 1000
     save_steps: PositiveInt = 1000

@@ -44,19 +44,24 @@ class Activations:
         """Give the vectors at kept positions, row by row, in float32.
 
         Raises:
-            UserError: some are NaN or infinite.
+            UserError: some are NaN or infinite; names the first such row.
         """
         batch = self.corpus.batch(rows, self.pad_id)
         batch = {name: one.to(self.device) for name, one in batch.items()}
         with evaluation_mode(self.model):
             hidden = read_layer(whole(self.model), {"": batch}, self.layer)[""].hidden
-        found = hidden[kept_positions(batch)].float()
-        if not bool(found.isfinite().all()):
+        hidden, kept = hidden.float(), kept_positions(batch)
+        self._require_numbers(hidden, kept, rows)
+        return hidden[kept]
+
+    def _require_numbers(self, hidden: Tensor, kept: Tensor, rows: Sequence[int]) -> None:
+        bad = (kept & ~hidden.isfinite().all(-1)).any(1)
+        if bool(bad.any()):
+            row = rows[int(bad.nonzero()[0])]
             raise UserError(
-                f"what leaves layer {self.layer} is NaN or infinite",
-                "load the model as bfloat16 or float32, or check its weights",
+                f"what leaves layer {self.layer} is NaN or infinite in row {row} of the text",
+                "load the model as bfloat16 or float32, or check its weights; rows count from 0",
             )
-        return found
 
     def rows_per_batch(self, tokens: int) -> int:
         """Give how many rows go through the model at once."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unlearn.errors import RunFailed, UserError
+from unlearn.errors import Interrupted, RunFailed, UserError
 from unlearn.ranks import Ranks
 from unlearn.sae.corpus import Corpus
 from unlearn.sae.dictionary import OF_BATCH, Dictionary
@@ -22,6 +22,7 @@ from unlearn.sae.settings import TrainSettings
 from unlearn.sae.stream import Activations, Stream, scale_of
 
 Emit = Callable[[dict[str, Any]], None]
+Stop = Callable[[], bool]
 
 
 @dataclass(frozen=True)
@@ -34,13 +35,17 @@ class Trained:
 
 @dataclass
 class Training:
-    """A training under way; ``checkpoint`` is the file it goes on from, None to keep none."""
+    """A training under way; ``checkpoint`` is the file it goes on from, None to keep none.
+
+    ``stop`` is asked after every step; where it says yes on some rank, all save and stop.
+    """
 
     source: Activations
     settings: TrainSettings
     checkpoint: Path | None = None
     identity: Mapping[str, Any] | None = None
     emit: Emit = lambda event: None
+    stop: Stop = lambda: False
 
     def __post_init__(self) -> None:
         how = self.settings
@@ -58,14 +63,21 @@ class Training:
         }
 
     def run(self, *, until: int | None = None) -> Trained:
-        """Train from the last checkpoint to the end; ``until`` stops early, after that step."""
+        """Train from the last checkpoint to the end; ``until`` stops early, after that step.
+
+        Raises:
+            Interrupted: a stop was asked for; the last step is saved.
+        """
         self._resume()
         steps = self.settings.steps
         while self.learner.step < min(steps, until or steps):
-            self._step()
+            self.step()
             step = self.learner.step
-            if step % self.settings.save_steps == 0 and step < steps:
+            stopping = self.ranks.any(self.stop())
+            if stopping or (step % self.settings.save_steps == 0 and step < steps):
                 self.save()
+            if stopping:
+                raise Interrupted(f"stopped on request after step {step}")
             if step % self.settings.eval_steps == 0 and step < steps:
                 self.emit({"event": "measured", "step": step, **self._figures(self.folded())})
         found = self.folded()
@@ -77,7 +89,8 @@ class Training:
         about |= {"metrics": metrics, "steps": self.learner.step}
         return Trained(replace(found, about=about), metrics)
 
-    def _step(self) -> None:
+    def step(self) -> None:
+        """Take the next batch of activations and learn from it."""
         whole = self.stream.take(self.settings.batch)
         if self.learner.step == 0:
             self.scale = scale_of(whole)
@@ -151,6 +164,7 @@ def train_dictionary(
 
     The same seed gives the same dictionary, whether the training was interrupted or not (bit for
     bit on a CPU), and within rounding for any number of ranks. All ranks must call this alike.
+    :class:`Training` can be asked to stop, too.
 
     Raises:
         UserError: no such layer, too little text, activations that are no numbers, a checkpoint of
