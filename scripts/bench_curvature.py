@@ -65,8 +65,8 @@ except ImportError as missing:  # --help does without
     MISSING = f"{missing}: pip install --no-deps kronfluence==1.0.1 into a folder on PYTHONPATH"
 else:
     MISSING = ""
+from random_llama import random_llama
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
 from turns import EXACT, Worker, answer, forget_peak, in_turn, resident, said, worker
 
 from unlearn.curvature.blocks import Blocks
@@ -370,7 +370,11 @@ def _given(options: argparse.Namespace) -> tuple[Any, list[Example], list[Exampl
     """Give the model and both sets of rows, always alike."""
     if options.width:
         rows = _random_rows(options)
-        return _random_model(options), rows, rows[: max(1, len(rows) // 4)]
+        return (
+            random_llama(options.width, options.layers, VOCABULARY, inner=4),
+            rows,
+            rows[: max(1, len(rows) // 4)],
+        )
     if not (options.model and options.retain and options.forget):
         sys.exit("give --width, or --model, --retain and --forget")
     tokenizer = load_tokenizer(options.model)
@@ -388,21 +392,6 @@ def _random_rows(options: argparse.Namespace) -> list[Example]:
     lengths = torch.randint(low, high, (options.rows,), generator=generator).tolist()
     ids = [torch.randint(VOCABULARY, (n,), generator=generator).tolist() for n in lengths]
     return [Example(one, list(one), 0, row) for row, one in enumerate(ids)]
-
-
-def _random_model(options: argparse.Namespace) -> Any:
-    torch.manual_seed(0)
-    heads = max(1, options.width // 64)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=options.width,
-        intermediate_size=4 * options.width,
-        num_hidden_layers=options.layers,
-        num_attention_heads=heads,
-        num_key_value_heads=heads,
-        max_position_embeddings=options.length,
-    )
-    return LlamaForCausalLM(config).eval()
 
 
 if __name__ == "__main__":

@@ -50,8 +50,9 @@ from typing import Any
 
 import plain_steps
 import torch
+from random_llama import random_llama
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
+from transformers import TrainingArguments
 from turns import EXACT, answer, in_turn, resident, worker
 
 from unlearn.data import Template, encode, load_rows, pad_token_id
@@ -242,18 +243,7 @@ def _model(options: argparse.Namespace) -> Any:
     """Load the model, or make a random one for its tokenizer."""
     if options.layers is None:
         return load_model(options.model)
-    torch.manual_seed(0)
-    width, heads = options.width, max(1, options.width // 64)
-    config = LlamaConfig(
-        vocab_size=len(load_tokenizer(options.model)),
-        hidden_size=width,
-        intermediate_size=11 * width // 4,
-        num_hidden_layers=options.layers,
-        num_attention_heads=heads,
-        num_key_value_heads=heads,
-        max_position_embeddings=512,
-    )
-    return LlamaForCausalLM(config).eval()
+    return random_llama(options.width, options.layers, len(load_tokenizer(options.model)))
 
 
 def _layer(options: argparse.Namespace, model: Any) -> int:

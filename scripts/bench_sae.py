@@ -36,8 +36,8 @@ from typing import Any
 import numpy as np
 import torch
 from plain_sae import PlainLearner, PlainTraining
+from random_llama import random_llama
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from unlearn.models import ModelSource, load_model
 from unlearn.recipes.sae import Texts
@@ -132,23 +132,7 @@ def _model_and_text(options: argparse.Namespace) -> tuple[Any, Corpus]:
         return load_model(options.model), texts.corpus(context=options.context, pack=True)[0]
     ids = np.random.default_rng(0).integers(3, VOCABULARY, 400 * options.context)
     corpus = packed([ids], front=[1], end=None, context=options.context)
-    return _random_model(options), corpus
-
-
-def _random_model(options: argparse.Namespace) -> Any:
-    heads = max(1, options.width // 64)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=options.width,
-        intermediate_size=11 * options.width // 4,
-        num_hidden_layers=options.layers,
-        num_attention_heads=heads,
-        num_key_value_heads=heads,
-        max_position_embeddings=2048,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    return LlamaForCausalLM(config).eval()
+    return random_llama(options.width, options.layers, VOCABULARY), corpus
 
 
 def _steps(
@@ -197,7 +181,7 @@ Change = Callable[[], AbstractContextManager[Any]]
 
 
 def _clamp(options: argparse.Namespace) -> None:
-    model = _random_model(options)
+    model = random_llama(options.width, options.layers, VOCABULARY)
     ids = torch.randint(3, VOCABULARY, (options.rows, 32))
     dictionary = _random_dictionary(model, ids, options)
     chosen = torch.randperm(options.features)[: options.chosen].tolist()

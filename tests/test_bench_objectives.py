@@ -20,7 +20,7 @@ def bench(monkeypatch: Any) -> Any:
     import bench_objectives
 
     yield bench_objectives
-    for name in ("bench_objectives", "plain_steps", "turns"):
+    for name in ("bench_objectives", "plain_steps", "random_llama", "turns"):
         sys.modules.pop(name)
 
 
