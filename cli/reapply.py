@@ -225,7 +225,9 @@ def _show(result: dict[str, Any]) -> None:
         f"({same})\nmodel  {result['model']}"
     )
     if "trials" not in result:
-        print("What it does to this model is not known before it is measured: unlearn eval …")
+        print(
+            "What it does to this model is not known before it is measured: see unlearn eval --help"
+        )
     elif result["missed"]:
         print(f"note: a goal was missed {result['missed']}")
 

@@ -29,5 +29,11 @@ def hyper_mistakes(function: Callable[..., Any], hyper: Mapping[str, Any]) -> li
         try:
             TypeAdapter(hints[key]).validate_python(hyper[key], strict=True)
         except ValidationError as error:
-            mistakes.append(f"{key} of {name} is {hyper[key]!r}: {error.errors()[0]['msg']}")
+            why = error.errors()[0]
+            own = why.get("ctx", {}).get("error")  # a type of ours says what was given
+            mistakes.append(
+                f"{key} of {name}: {own}"
+                if own
+                else f"{key} of {name} is {hyper[key]!r}: {why['msg']}"
+            )
     return mistakes

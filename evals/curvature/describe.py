@@ -156,7 +156,8 @@ def _labels(settings: Mapping[str, Any]) -> str:
     if settings["fisher"] == "empirical":
         return "those of the rows"
     draws = settings["label_draws"]
-    return f"drawn from the model, {draws} set{'s' * (draws > 1)}, seed {settings['seed']}"
+    how = " by importance" if settings["fisher"] == "importance" else ""
+    return f"drawn from the model{how}, {draws} set{'s' * (draws > 1)}, seed {settings['seed']}"
 
 
 def compact(value: float | None) -> str:

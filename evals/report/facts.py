@@ -6,6 +6,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from unlearn.evals.report.evidence import percent
 from unlearn.evals.report.table import SPLITS, Row
 
 Fact = tuple[str, str]
@@ -102,7 +103,7 @@ def training_line(training: Mapping[str, Any]) -> str:
     if training.get("peak_memory_bytes") is not None:
         parts.append(f"peak memory {training['peak_memory_bytes'] / 2**20:,.0f} MiB")
     if training.get("changed_share") is not None:
-        parts.append(f"{training['changed_share']:.1%} of the edited values changed as stored")
+        parts.append(f"{percent(training['changed_share'])} of the edited values changed as stored")
     return ", ".join(parts)
 
 
