@@ -4,8 +4,9 @@ To add one: write the function in a module here and name it in the table. Its si
 asks for, beside the model as it was before unlearning: ``tuned``, that model trained on the
 recipe's terms; ``data``, the tokenised rows by stream; ``tokenizer``, the model's; ``listen``, who
 is told of events as a run knows them; ``seed``, the run's; ``keep``, a file where it may keep what
-it has done so far, so that a later call goes on from there. One that does not ask for ``tuned`` trains nothing: its recipe has
-no terms, and every process of a launch calls it. Keyword-only parameters are hyperparameters.
+it has done so far, so that a later call goes on from there. One that does not ask for ``tuned``
+trains nothing: its recipe has no terms, and every process of a launch calls it. Keyword-only
+parameters are hyperparameters.
 """
 
 import inspect
@@ -44,7 +45,7 @@ class Edit:
         return {**self.hyper, **given}
 
     def asks(self, what: str) -> bool:
-        """Tell whether it takes ``tuned``, ``data``, ``tokenizer``, ``listen``, ``seed`` or ``keep``."""
+        """Tell whether it takes ``tuned``, ``data`` or another of what is named above."""
         return what in inspect.signature(self.function).parameters
 
     def __call__(self, model: Any, given: Mapping[str, Any], **hyper: Any) -> Any:

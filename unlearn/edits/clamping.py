@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -138,6 +138,7 @@ class Search:
     mode: Mode
     budget: Budget
     trials: list[Trial] = field(default_factory=list)
+    asked: int = 0
 
     def run(self, settings: Sequence[Setting], listen: Listen) -> Trial:
         """Measure every setting, tell of each, and give the best within the budget.
@@ -145,7 +146,8 @@ class Search:
         Raises:
             RunFailed: none is within.
         """
-        settings = self._distinct(settings, listen)
+        self.asked = len(settings)
+        settings = self._distinct(settings)
         for setting in settings:
             done, total = len(self.trials) + 1, len(settings)
             listen({"event": "progress", "what": "settings", "done": done, "total": total})
@@ -154,24 +156,27 @@ class Search:
             self.trials.append(Trial(setting, measured, allowed))
             listen({"event": "trial", **self.trials[-1].told()})
         taken = best(self.trials, self.bench.start, self.budget)
-        if taken.found.forget_nll <= self.bench.start.forget_nll:
-            message = "the clamps do not raise the forget loss: choose another layer, or a larger c"
+        for message in self._doubts(taken):
             listen({"event": "warning", "message": message})
         return taken
 
-    def _distinct(self, settings: Sequence[Setting], listen: Listen) -> list[Setting]:
+    def _doubts(self, taken: Trial) -> Iterator[str]:
+        setting = taken.setting
+        for one in self.found:
+            number = len(one.first(setting.features, setting.tau))
+            if number < setting.features:
+                few = f"only {number} of {setting.features} features of layer {one.placed.layer}"
+                yield f"{few} fire on the forget set and on less than tau={setting.tau:g} of retain"
+        if taken.found.forget_nll <= self.bench.start.forget_nll:
+            yield "the clamps do not raise the forget loss: try another layer, or a larger c"
+
+    def _distinct(self, settings: Sequence[Setting]) -> list[Setting]:
         """Leave out settings that clamp nothing, or the same features to the same as another."""
         found: dict[tuple[object, ...], Setting] = {}
         for setting in settings:
             features = [one.first(setting.features, setting.tau) for one in self.found]
             if all(features):
                 found.setdefault((*features, setting.c), setting)
-        if len(found) < len(settings):
-            message = (
-                f"{len(settings) - len(found)} of {len(settings)} settings are left out: their tau "
-                "admits no feature, or no other ones than another setting"
-            )
-            listen({"event": "warning", "message": message})
         return list(found.values())
 
     def clamps(self, setting: Setting, mode: Mode | None = None) -> list[Clamp]:
@@ -186,6 +191,7 @@ class Search:
             "start": self.bench.start.told(),
             "budget": self.budget.told(),
             "settings": [trial.told() for trial in self.trials],
+            "asked": self.asked,
             "controls": [self._control(taken.setting, mode) for mode in self._controls],
             "rows": {
                 "forget": len(self.bench.forget.examples),

@@ -1,4 +1,4 @@
-"""Unlearning with sparse autoencoders: features of the forget set are clamped while a model runs."""
+"""Unlearning with sparse autoencoders: features of the forget set are clamped as a model runs."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -116,7 +116,7 @@ class _Choice:
     def of(
         self, model: Any, place: Placed, forget: Rows, retain: Rows, listen: Listen
     ) -> Candidates:
-        """Choose features of one dictionary; warns where there are fewer than asked for."""
+        """Choose features of one dictionary."""
         what = f"features of layer {place.layer}"
         exclude = self.vetoes.get(None, frozenset()) | self.vetoes.get(place.layer, frozenset())
         moved = place.to(model.get_input_embeddings().weight.device)
@@ -128,15 +128,10 @@ class _Choice:
             return listed(model, moved, self.file, forget, exclude=exclude, progress=progress)
         number = max(one.features for one in self.settings)
         taus = list(dict.fromkeys(one.tau for one in self.settings))
-        found = candidates(
+        return candidates(
             model, moved, forget, retain,
             number=number, taus=taus, exclude=exclude, progress=progress,
         )  # fmt: skip
-        for tau, chosen in found.chosen.items():
-            if len(chosen) < number:
-                few = f"only {len(chosen)} of {number} {what} fire on the forget set and on less"
-                listen({"event": "warning", "message": f"{few} than {tau:g} of retain tokens"})
-        return found
 
 
 def front_of(tokenizer: Any) -> tuple[int, ...]:
