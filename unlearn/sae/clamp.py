@@ -54,7 +54,7 @@ class Clamp:
         features: Sequence[int],
         *,
         layer: int,
-        mode: Mode = "clamp",
+        mode: str = "clamp",
         c: float = 0.0,
     ) -> "Clamp":
         """Clamp features of a dictionary; ``c`` is in units of its activations.
