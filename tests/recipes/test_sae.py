@@ -149,7 +149,10 @@ def test_dictionaries_of_other_models_are_refused_early(recipe, monkeypatch, giv
         (("edit.dictionary=d.safetensors", "edit.exclude=[64]"), "feature 64 given, but the dict"),
         (("edit.dictionary=[d.safetensors, d.safetensors]",), "both read layer 0"),
         (("edit.dictionary=[a, b]", "edit.exclude=[3]"), "write LAYER:FEATURE"),
-        (("edit.dictionary=d.safetensors", "edit.selected=gone.json"), "gone.json' lists no features"),
+        (
+            ("edit.dictionary=d.safetensors", "edit.selected=gone.json"),
+            "gone.json' lists no features",
+        ),
     ],
 )
 def test_mistakes_are_told_in_one_line(recipe, changes, message):
