@@ -183,6 +183,7 @@ def test_a_copy_has_clamps_of_its_own(tiny_model, clamps):
     remove(tiny_model)
     assert torch.equal(again(IDS).logits, expected)
     assert not torch.equal(tiny_model(IDS).logits, expected)
+    assert torch.equal(remove(again)(IDS).logits, tiny_model(IDS).logits)
 
 
 def test_stored_results_tell_clamped_models_apart(tiny_model):

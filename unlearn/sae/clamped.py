@@ -86,14 +86,15 @@ class Clamps(nn.Module):
         """Put the hooks on a model's decoder and layers."""
         found, decoder = decoder_layers(model), model.get_decoder()
         assert found is not None
+        self.signature = inspect.signature(decoder.forward)
         self.handles.append(decoder.register_forward_pre_hook(self._called, with_kwargs=True))
         for one in self._layers:
             layer = found[1][one.about["layer"]]
             self.handles.append(layer.register_forward_hook(one.changed))
 
-    def _called(self, decoder: Any, args: Any, kwargs: Any) -> None:
+    def _called(self, _decoder: Any, args: Any, kwargs: Any) -> None:
         """Note which positions of this call are left alone."""
-        given = inspect.signature(decoder.forward).bind_partial(*args, **kwargs).arguments
+        given = self.signature.bind_partial(*args, **kwargs).arguments
         named = {**given.pop("kwargs", {}), **given}
         ids, cache = named.get("input_ids"), named.get("past_key_values")
         if ids is None:

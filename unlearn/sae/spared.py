@@ -34,7 +34,8 @@ def first_positions(
     the cache.
     """
     if positions is not None:
-        return (positions == 0).expand_as(ids)
+        flat = positions[0] if positions.ndim == 3 else positions  # several kinds, text first
+        return (flat == 0).expand_as(ids)
     if isinstance(attended, Tensor) and attended.ndim == 2:
         real = attended.bool()
         return (real & (real.long().cumsum(-1) == 1))[:, -ids.shape[1] :]
