@@ -147,6 +147,7 @@ def test_dictionaries_of_other_models_are_refused_early(recipe, monkeypatch, giv
         (("edit.dictionary=d.safetensors", "edit.c=three"), "c of sae is 'three'"),
         (("edit.dictionary=d.safetensors", "edit.mode=scale"), "with mode scale it is a factor"),
         (("edit.dictionary=d.safetensors", "edit.exclude=[64]"), "feature 64 given, but the dict"),
+        (("edit.dictionary=d.safetensors", "edit.exclude=['3:1']"), "exclude names layer 3, which"),
         (("edit.dictionary=[d.safetensors, d.safetensors]",), "both read layer 0"),
         (("edit.dictionary=[a, b]", "edit.exclude=[3]"), "write LAYER:FEATURE"),
         (

@@ -164,7 +164,7 @@ class Search:
         setting = taken.setting
         for one in self.found:
             number = len(one.first(setting.features, setting.tau))
-            if number < setting.features:
+            if number < setting.features and None not in one.chosen:  # a person's list is as long
                 few = f"only {number} of {setting.features} features of layer {one.placed.layer}"
                 yield f"{few} fire on the forget set and on less than tau={setting.tau:g} of retain"
         if taken.found.forget_nll <= self.bench.start.forget_nll:

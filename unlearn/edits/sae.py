@@ -86,8 +86,8 @@ def sae(  # noqa: PLR0913 - each is a key of the recipe's edit section
         Rows(rows.examples, front, batch_tokens=batch_tokens) for rows in (parts.forget, parts.fit)
     )
     settings = grid(features, c, tau)
-    choice = _Choice(settings, selected, _vetoes(exclude or []))
     places = placed(_paths(dictionary), plain(model).config, layer)
+    choice = _Choice(settings, selected, _vetoes(exclude or [], places))
     found = [choice.of(model, one, forget, retain, listen) for one in places]
     bench = Bench(model, front, parts.measured, parts.held_out)
     search = Search(bench, found, mode, Budget(retain_kl, retain_rise))
@@ -145,9 +145,16 @@ def _paths(dictionary: str | list[str] | None) -> list[str]:
     return [dictionary] if isinstance(dictionary, str) else dictionary
 
 
-def _vetoes(exclude: Sequence[int | str]) -> dict[int | None, frozenset[int]]:
+def _vetoes(
+    exclude: Sequence[int | str], places: Sequence[Placed]
+) -> dict[int | None, frozenset[int]]:
     """Sort vetoed features by layer; plain numbers are those of the only dictionary (None)."""
-    pairs = [_veto(one) for one in exclude]
+    pairs, layers = [_veto(one) for one in exclude], [one.layer for one in places]
+    if strange := [layer for layer, _ in pairs if layer is not None and layer not in layers]:
+        raise UserError(
+            f"exclude names layer {strange[0]}, which no dictionary reads",
+            f"the dictionaries read layer {', '.join(map(str, layers))}",
+        )
     return {layer: frozenset(f for at, f in pairs if at == layer) for layer, _ in pairs}
 
 
