@@ -70,6 +70,47 @@ def test_layers_are_changed_but_for_first_positions_and_what_stands_in_front(tin
     assert torch.equal(expected[:, 0], before[:, 0])
 
 
+def build_other(name):
+    """Build models that call their decoder, lay out positions or give layers in other ways."""
+    import transformers
+
+    small = {
+        "vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "max_position_embeddings": 64,
+    }  # fmt: skip
+    more = {
+        "GPT2": {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64},
+        "OPT": {"ffn_dim": 48, "word_embed_proj_dim": 32},
+        "Gemma2": {"intermediate_size": 48, "head_dim": 16, "num_key_value_heads": 2},
+    }[name]
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**small | more)
+    model = {"GPT2": "GPT2LMHeadModel"}.get(name, f"{name}ForCausalLM")
+    return getattr(transformers, model)(config).eval()
+
+
+@pytest.mark.parametrize("name", ["GPT2", "OPT", "Gemma2"])
+@torch.no_grad()
+def test_other_architectures_are_changed_alike(name):
+    """As by hand; written with and without a cache; and padded on the left."""
+    model, clamps = build_other(name), [make(0), make(1, seed=1)]
+    before, expected = model(IDS).logits, in_full(model, IDS, clamps)
+    how = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    left, mask = torch.zeros(3, 2, dtype=torch.long), torch.ones_like(IDS)
+    with clamped(model, clamps, front=[BOS]):
+        assert torch.allclose(model(IDS).logits, expected, atol=1e-5)
+        written = [
+            model.generate(IDS, attention_mask=mask, use_cache=cached, **how)
+            for cached in (True, False)
+        ]
+        padded = model.generate(
+            torch.cat([left, IDS], 1), attention_mask=torch.cat([left, mask], 1), **how
+        )
+    assert (expected - before).abs().max() > 0.1
+    assert torch.equal(*written)
+    assert torch.equal(padded[:, 2:], written[0])
+
+
 def test_clamps_leave_no_trace(tiny_model, clamps):
     before, name, config = tiny_model(IDS).logits, weights_hash(tiny_model), str(tiny_model.config)
     with clamped(tiny_model, clamps):
