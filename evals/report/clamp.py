@@ -30,8 +30,8 @@ NOTE = (
     "--set edit.exclude=[ID, …], with several layers ['LAYER:ID', …]."
 )
 SUPPRESSED = (
-    "Nothing is erased: no weight has changed, and whoever has this folder has the base. The "
-    "clamps work where unlearn loads the model; vLLM, llama.cpp and others cannot apply them."
+    "Nothing is erased: no weight has changed, and the base still knows all of it. The clamps "
+    "work where unlearn loads the model; vLLM, llama.cpp and others cannot apply them."
 )
 
 

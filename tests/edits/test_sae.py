@@ -73,6 +73,13 @@ def test_nothing_within_names_the_nearest():
               trial(2.0, float("nan"), how=how)], START, how)  # fmt: skip
 
 
+def test_what_is_no_number_is_never_taken_and_written_as_nothing():
+    broken = trial(float("nan"), float("inf"))
+    assert broken.told()["forget/nll"] is broken.told()["retain/kl"] is None
+    with pytest.raises(RunFailed, match="stays within what a model can still compute"):
+        best([broken], START, NONE)
+
+
 def test_settings_that_clamp_the_same_or_nothing_are_tried_once():
     """tau 0.1 admits 4 and 1, tau 0.01 only 4, tau 0.001 nothing: of 12 settings 4 differ."""
     measured = []

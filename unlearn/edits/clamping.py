@@ -41,12 +41,12 @@ class Measured:
     retain_nll: float
     retain_kl: float
 
-    def told(self) -> dict[str, float]:
-        """Name the values as events do."""
+    def told(self) -> dict[str, float | None]:
+        """Name the values as events do; None for what is no finite number."""
         return {
-            "forget/nll": self.forget_nll,
-            "retain/nll": self.retain_nll,
-            "retain/kl": self.retain_kl,
+            "forget/nll": _finite(self.forget_nll),
+            "retain/nll": _finite(self.retain_nll),
+            "retain/kl": _finite(self.retain_kl),
         }
 
 
@@ -225,11 +225,16 @@ def best(trials: Sequence[Trial], start: Measured, how: Budget) -> Trial:
     nearest = min(trials, key=lambda one: _order(one.found.retain_kl))
     rise = nearest.found.retain_nll - start.retain_nll
     bounds = ", ".join(f"{name} {bound:g}" for name, bound in how.told().items() if bound)
+    bounds = bounds or "what a model can still compute"
     raise RunFailed(
         f"no setting stays within {bounds}: the nearest of {len(trials)} ({nearest.setting}) has "
         f"KL {nearest.found.retain_kl:.4f}, and the retain loss rises by {rise:.4f} nats per token",
         "try fewer features, a smaller c or tau, or raise the bound",
     )
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def _order(value: float) -> float:

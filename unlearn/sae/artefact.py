@@ -4,7 +4,7 @@
 tokenizer. There is no ``config.json`` and no model file, so that transformers refuses the folder
 instead of loading a model that has forgotten nothing.
 
-What is forgotten so is suppressed and not erased: whoever has the folder has the base.
+What is forgotten so is suppressed and not erased: the base, which is needed too, knows all of it.
 """
 
 import hashlib
