@@ -21,6 +21,7 @@ CONTROLS = {
     "zero": "the same features set to 0",
     "random": "other directions, changed as much",
 }
+WHOLE = "the model keeps the whole encoder, which alone knows the k largest of a token"
 SHOWN = 3
 """Passages of each feature that are shown; ``results.json`` has more."""
 NOTE = (
@@ -64,10 +65,11 @@ def _layer(found: Mapping[str, Any], clamp: Mapping[str, Any]) -> dict[str, Any]
     c = f"c = {three(finite(found['c']))}" if clamp["mode"] != "zero" else ""
     if isinstance(clamp["c"], str) and c:
         c += f" ({clamp['c']} the 99th percentile of these features, {three(finite(found['p99']))})"
+    parts = [c, WHOLE if found["kind"] == "topk" else ""]
     return {
         "layer": found["layer"],
         "path": found["path"],
-        "c": c,
+        "c": "; ".join(part for part in parts if part),
         "features": [_feature(one) for one in found["features"]],
     }
 

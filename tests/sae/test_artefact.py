@@ -160,6 +160,7 @@ def test_checks_look_through_to_the_base(saved):
             refuse(source)
 
 
+@torch.no_grad()
 def test_lm_eval_takes_it(saved, tiny_tokenizer):
     from lm_eval.api.instance import Instance
 
