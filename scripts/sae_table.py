@@ -86,10 +86,11 @@ def rmu(args: argparse.Namespace, rows: dict[str, str], folder: Path, seed: int)
 
 
 def measured(start: str, model: str, rows: dict[str, str]) -> dict[str, Any]:
-    """Measure a model on the rows that clamps are measured on; RMU leaves the head alone."""
-    from unlearn.curvature.distance import Reference, mean_nll
+    """Measure a model on the rows that clamps are measured on."""
+    from unlearn.curvature.distance import mean_nll
     from unlearn.curvature.parts import Parts
     from unlearn.data import Template, encode, load_rows
+    from unlearn.evals.retain_kl import mean_kl
     from unlearn.models import ModelSource, load_model, load_tokenizer
     from unlearn.scores import Scorer
 
@@ -99,12 +100,11 @@ def measured(start: str, model: str, rows: dict[str, str]) -> dict[str, Any]:
             for name in ("forget", "retain")}  # fmt: skip
     parts = Parts.of(data, 64, None, 256, 8192)
     before, now = (load_model(ModelSource(path)) for path in (start, model))
-    reference = Reference.of(before, parts.held_out, Scorer.for_model(before))
     scorer = Scorer.for_model(now)
     return {
         "forget/nll": mean_nll(now, parts.measured, scorer),
         "retain/nll": mean_nll(now, parts.held_out, scorer),
-        "retain/kl": reference.kl(now),
+        "retain/kl": mean_kl(before, now, parts.held_out.examples)[0],
     }
 
 
