@@ -43,8 +43,21 @@ def _say_what_matters(console: Any, results: dict[str, Any]) -> None:
     if chosen := results.get("selected"):
         metric, value = chosen["metric"], number(chosen["value"])
         console.print(f"step {chosen['step']} was kept: {metric} {value}", highlight=False)
+    if clamp := results["training"].get("clamp"):
+        console.print(_clamped(clamp), highlight=False)
     for text in results.get("warnings", ()):
         console.print(f"[yellow]note:[/] {escape(text)}", highlight=False)
+
+
+def _clamped(clamp: dict[str, Any]) -> str:
+    """Say what was clamped, what it came to, and that nothing is erased."""
+    layers = ", ".join(str(one["layer"]) for one in clamp["dictionaries"])
+    number_of = sum(len(one["features"]) for one in clamp["dictionaries"])
+    return (
+        f"{number_of} features of layer {layers} clamped (c {clamp['c']}, tau {clamp['tau']:g}): "
+        f"forget loss {number(clamp['start']['forget/nll'])} → {number(clamp['forget/nll'])}, "
+        f"retain KL {number(clamp['retain/kl'])}; suppressed, not erased"
+    )
 
 
 def _columns(results: dict[str, Any]) -> list[str]:

@@ -12,11 +12,15 @@ from unlearn.cli.options import Map
 from unlearn.cli.progress import Emit, listening, number
 from unlearn.cli.ranks import Nproc, joined_ranks, require_one_process, started
 from unlearn.cli.recipe_option import RecipeFile
+from unlearn.cli.sae_select import EPILOG as SELECTING
+from unlearn.cli.sae_select import select
 
 app = typer.Typer(
-    help="Sparse autoencoders: dictionaries of what leaves a layer. Train one, look at one.",
+    help="Sparse autoencoders: dictionaries of what leaves a layer. Train one, look at one, choose "
+    "features to clamp.",
     no_args_is_help=True,
 )
+app.command(epilog=SELECTING)(select)
 KindName = Literal["relu", "topk", "batchtopk", "jumprelu", "gated", "mutual", "feature"]
 Data = Annotated[
     str,

@@ -14,8 +14,9 @@ from unlearn.edits import EDITS
 from unlearn.edits.update import update_shapes
 from unlearn.evals.memory import scoring_bytes
 from unlearn.head import CHUNK_BYTES, CPU_PIECE_BYTES
+from unlearn.recipes.clamp_plan import clamp_parts
 from unlearn.recipes.footprint import Footprint
-from unlearn.recipes.inputs import update_of
+from unlearn.recipes.inputs import dictionaries_of, update_of
 from unlearn.recipes.memory import Part
 from unlearn.recipes.prepare import Prepared
 from unlearn.scoring import CPU_TOKENS
@@ -40,6 +41,8 @@ def edit_parts(prepared: Prepared, model: Any, size: Footprint, device: str) -> 
     found = [Part("weights", size.weights, f"{size.parameters:,} parameters")]
     if place := update_of(prepared.recipe):
         return found + _reapplied_parts(prepared, model, Path(place), device)
+    if dictionaries_of(prepared.recipe):
+        return found + clamp_parts(prepared, model, device)
     if "curvature" not in how:
         return found
     layers = named_layers(model, how["layers"])

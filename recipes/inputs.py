@@ -22,8 +22,8 @@ from unlearn.recipes.schema import DataSection, Recipe, Term
 from unlearn.recipes.sections import EditSection
 from unlearn.runs import RunFolder
 
-EDIT_FILES = ("factors", "update")
-"""Hyperparameters of edits that name a file."""
+EDIT_FILES = ("factors", "update", "dictionary", "selected")
+"""Hyperparameters of edits that name a file, or a list of them."""
 LARGEST_EARLY = 2**26
 """Files above this many bytes are not read twice."""
 
@@ -54,6 +54,7 @@ def check_inputs(recipe: Recipe) -> None:
     for path in (recipe.model.path, recipe.model.retain_model):
         check_model_folder(path)
     check_update_file(update_of(recipe))
+    check_dictionary_files(recipe)
     if any(stream.endswith("refusal") for stream in recipe.read_streams()):
         read_refusals(recipe.data.refusals)
     for name in ("forget", "retain", "unseen"):
@@ -95,6 +96,23 @@ def check_update_file(path: str | None) -> None:
     if path is not None and not Path(path).is_file():
         hint = "name the update.safetensors of a run, or make one: unlearn edit diff"
         raise UserError(f"no update file '{path}'", hint)
+
+
+def dictionaries_of(recipe: Recipe) -> list[str]:
+    """Give the files of the dictionaries that the recipe's edit reads; none for other recipes."""
+    found = recipe.edit.hyper.get("dictionary") if recipe.edit else None
+    return [found] if isinstance(found, str) else list(found or ())
+
+
+def check_dictionary_files(recipe: Recipe) -> None:
+    """Refuse dictionaries, or a file of chosen features, that are not there."""
+    for path in dictionaries_of(recipe):
+        if not Path(path).expanduser().exists():
+            hint = "give what `unlearn sae train` wrote, or a public dictionary"
+            raise UserError(f"no dictionary '{path}'", hint)
+    selected = recipe.edit.hyper.get("selected") if recipe.edit else None
+    if isinstance(selected, str) and not Path(selected).is_file():
+        raise UserError(f"no file of features '{selected}'", "make one with `unlearn sae select`")
 
 
 def check_new(out: Path) -> None:
@@ -144,8 +162,15 @@ def absolute(recipe: Recipe) -> Recipe:
 def _absolute_edit(edit: EditSection) -> EditSection:
     """Make the files that an edit names absolute, whether they exist yet or not."""
     named = {key: edit.hyper[key] for key in EDIT_FILES if edit.hyper.get(key)}
-    places = {key: str(Path(place).absolute()) for key, place in named.items()}
+    places = {
+        key: [_place(one) for one in place] if isinstance(place, list) else _place(place)
+        for key, place in named.items()
+    }
     return type(edit).model_validate({"name": edit.name, **edit.hyper, **places})
+
+
+def _place(path: str) -> str:
+    return str(Path(path).expanduser().absolute())
 
 
 def _absolute_data(data: DataSection) -> dict[str, Any]:

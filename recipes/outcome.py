@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from unlearn import models, monitors
-from unlearn.assistant.artefact import save_composed
 from unlearn.assistant.build import Assistant, assisted
 from unlearn.assistant.compose import together
 from unlearn.assistant.rules import ALONE, settings
@@ -15,6 +14,7 @@ from unlearn.edits.low_rank import LowRank
 from unlearn.edits.update import Update, save_update
 from unlearn.errors import UserError
 from unlearn.head import plain
+from unlearn.kinds import kind_in_memory
 from unlearn.ranks import Ranks
 from unlearn.recipes.prepare import Prepared
 from unlearn.runs import RunFolder
@@ -57,8 +57,8 @@ def trained(prepared: Prepared, model: Any) -> Any:
 
 def save(prepared: Prepared, model: Any, folder: Path, adapter: Path) -> None:
     """Write what the run leaves as its model; ``adapter`` is where merged adapters are kept."""
-    if assistant := assistant_of(prepared):
-        save_composed(model, prepared.tokenizer, folder, prepared.source, assistant)
+    if kind := kind_in_memory(model):
+        kind.save_composed(model, prepared.tokenizer, folder, prepared.source)
         return
     models.save_model(_edited(prepared, model), prepared.tokenizer, folder, adapter)
 
@@ -100,17 +100,19 @@ def edited(
 ) -> tuple[Any, dict[str, Any]]:
     """Apply an edit that trains nothing, on every process alike; give the model and a summary.
 
-    What it has added to the weights, where it tells, is kept in a file of the folder. So are the
-    steps it has taken, until it is done.
+    What it has added to the weights, where it tells (``update``), is kept in a file of the folder.
+    So are the steps it has taken, until it is done. What else has come of it (``outcome``) goes
+    into the summary as it is.
     """
     section = prepared.recipe.edit
     assert section is not None
     steps: list[int] = []
-    changed: dict[str, Any] = {}
+    told: dict[str, dict[str, Any]] = {"update": {}, "outcome": {}}
 
     def hear(event: dict[str, Any]) -> None:
-        if event["event"] == "update":
-            changed.update({key: value for key, value in event.items() if key != "event"})
+        if event["event"] in told:
+            kept = {key: value for key, value in event.items() if key != "event"}
+            told[event["event"]].update(kept)
             return
         steps.extend([event["step"]] if event["event"] == "step" else [])
         listen(event)
@@ -118,6 +120,7 @@ def edited(
     hear({"event": "stage", "stage": "edit", "name": section.name})
     given = {
         "data": {name: stream.examples for name, stream in prepared.streams.items()},
+        "tokenizer": prepared.tokenizer,
         "listen": hear,
         "seed": prepared.recipe.seed,
         "keep": folder.edit_steps,
@@ -126,7 +129,8 @@ def edited(
         model = EDITS[section.name](model, given, **section.hyper)
     memory = monitors.peak_memory_bytes()
     summary = {"edit": section.name, "steps": len(steps), "peak_memory_bytes": memory}
-    if changed:
+    summary |= told["outcome"]
+    if changed := told["update"]:
         about = {"edit": section.name, "hyper": section.hyper, "start": weights_hash}
         summary |= Ranks.world().first(lambda: _keep_update(changed, about, folder.update))
     return model, summary

@@ -17,12 +17,13 @@ from unlearn.errors import UserError
 from unlearn.monitors import peak_memory_bytes
 from unlearn.packing import can_pack, packable
 from unlearn.ranks import Ranks
+from unlearn.recipes.clamp_plan import clamp_bytes, clamp_tokens
 from unlearn.recipes.communication import described, traffic
 from unlearn.recipes.edit_memory import edit_settings, readings
 from unlearn.recipes.estimate import Estimate, Sized, estimate, for_its_device, training_of
 from unlearn.recipes.fitting import fit
 from unlearn.recipes.footprint import Footprint
-from unlearn.recipes.inputs import update_of
+from unlearn.recipes.inputs import dictionaries_of, update_of
 from unlearn.recipes.memory import Part, Training, held
 from unlearn.recipes.prepare import Prepared
 from unlearn.recipes.sections import LaunchSection
@@ -200,6 +201,8 @@ def _edited_tokens(prepared: Prepared) -> dict[str, int]:
         sum(len(row.input_ids) for row in prepared.streams[name].examples)
         for name in ("forget", "retain")
     )
+    if dictionaries_of(prepared.recipe):
+        return clamp_tokens(prepared)
     if update_of(prepared.recipe):
         return {"per_step": forget + retain, "total": readings(prepared) * (forget + retain)}
     how, steps = edit_settings(prepared), prepared.steps
@@ -230,8 +233,11 @@ def _files(prepared: Prepared, size: Footprint, how: Training) -> tuple[int, lis
     }
     if not recipe.trains:  # nothing is kept on the way
         del sizes["checkpoints/"]
-        sizes["update.safetensors"] = 4 * size.parameters  # at most: of changed weights, in fp32
         reference = 0
+        if dictionaries_of(recipe):
+            sizes["model/"] = clamp_bytes(prepared)
+        else:  # at most: of changed weights, in fp32
+            sizes["update.safetensors"] = 4 * size.parameters
     if recipe.model.lora and not recipe.assistant:
         sizes["adapter/"] = size.trained
     if recipe.evals.select_best:

@@ -27,12 +27,13 @@ from unlearn.edits.weightless import weightless
 from unlearn.engines import Engine
 from unlearn.errors import UserError
 from unlearn.evals.forget_retain import Split
-from unlearn.kinds import require_plain
+from unlearn.kinds import load_config, require_plain
 from unlearn.objectives import find
 from unlearn.recipes.benchmarks import Measures, find_measures
-from unlearn.recipes.inputs import check_update_file, update_of
+from unlearn.recipes.inputs import check_update_file, dictionaries_of, update_of
 from unlearn.recipes.schema import Recipe
 from unlearn.recipes.sections import ExtraSection
+from unlearn.sae.candidates import entry_of, placed
 from unlearn.training import Term
 
 
@@ -165,6 +166,7 @@ def prepare(recipe: Recipe, *, offline: bool = False) -> Prepared:
     _check_choice(recipe)
     source, tokenizer, template = open_tokenizer(recipe, offline=offline)
     _check_update(recipe, source)
+    _check_dictionaries(recipe, source)
     if recipe.model.retain_model:
         models.check_source(sibling(source, recipe.model.retain_model))
     streams, splits = {}, {}
@@ -232,6 +234,16 @@ def _check_update(recipe: Recipe, source: models.ModelSource) -> None:
         check_update_file(place)
         shapes = update_shapes(Path(place))
         check_fits(weightless(source), shapes)
+
+
+def _check_dictionaries(recipe: Recipe, source: models.ModelSource) -> None:
+    """Refuse dictionaries that are none, or of another model; reads no weights of the model."""
+    if paths := dictionaries_of(recipe):
+        assert recipe.edit is not None
+        found = placed(paths, load_config(source), recipe.edit.hyper.get("layer"))
+        if selected := recipe.edit.hyper.get("selected"):
+            for one in found:
+                entry_of(selected, one)
 
 
 def _check_choice(recipe: Recipe) -> None:

@@ -26,6 +26,7 @@ from unlearn.recipes.measuring import EvalsSection
 from unlearn.recipes.passthrough import KNOWN_OPTIMIZERS, check_optimizer, passthrough_mistakes
 from unlearn.recipes.section import Section as _Section
 from unlearn.recipes.sections import (
+    EDIT_NEEDS,
     AssistantSection,
     EditSection,
     ExtraSection,
@@ -348,9 +349,8 @@ class Recipe(_Section):
         if self.edit and self.edit.reads_unseen:
             asked = "rows like the forget set that the model has not seen: edit asks for them"
             needs.insert(-1, ("data.unseen", self.data.unseen, asked))
-        if self.edit and "update" in self.edit.hyper:
-            way = "--set edit.update=FILE, the update.safetensors of a run"
-            needs.insert(-1, ("edit.update", self.edit.hyper["update"], way))
+        hyper = self.edit.hyper if self.edit else {}
+        needs[-1:-1] = [(f"edit.{k}", hyper[k], way) for k, way in EDIT_NEEDS.items() if k in hyper]
         return [f"{key} is missing ({why})" for key, value, why in needs if value is None]
 
     def require_runnable(self) -> None:

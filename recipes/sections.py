@@ -89,6 +89,13 @@ class EditSection(Section):
         return self.hyper.get("forget_nll") == "unseen"
 
 
+EDIT_NEEDS = {
+    "update": "--set edit.update=FILE, the update.safetensors of a run",
+    "dictionary": "--set edit.dictionary=FOLDER, what `unlearn sae train` wrote",
+}
+"""Files without which an edit cannot be made, and how they are given."""
+
+
 class ExtraSection(Section):
     """More rows for a set, made from chosen columns. They are trained on, and not measured."""
 

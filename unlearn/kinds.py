@@ -11,12 +11,16 @@ from unlearn.errors import UserError
 if TYPE_CHECKING:
     from unlearn.models import ModelSource
 
-KINDS = {"uld_config.json": "unlearn.assistant.artefact"}
+KINDS = {
+    "uld_config.json": "unlearn.assistant.artefact",
+    "sae_clamp.json": "unlearn.sae.artefact",
+}
 """File that marks a folder of another kind -> the module that knows it.
 
-Each has ``check(source)``, ``base_of(source)`` and ``load_composed(source, device=…)``. They build
-upon the loading of plain models, which finds them here by name, and only when it meets such a
-folder.
+Each says in ``WHAT`` what such a folder is, and has ``check(source)``, ``base_of(source)``,
+``load_composed(source, device=…)``, ``holds(model)`` and ``save_composed(model, tokenizer, folder,
+base)``. They build upon the loading of plain models, which finds them here by name, and only when
+it meets such a folder.
 """
 
 
@@ -25,6 +29,12 @@ def kind_of(source: "ModelSource") -> Any | None:
     marks = (module for mark, module in KINDS.items() if (Path(source.path) / mark).is_file())
     name = next(marks, None)
     return importlib.import_module(name) if name else None
+
+
+def kind_in_memory(model: Any) -> Any | None:
+    """Give the module that saves a model of another kind; None for a plain one."""
+    modules = map(importlib.import_module, KINDS.values())
+    return next((module for module in modules if module.holds(model)), None)
 
 
 def base_of(source: "ModelSource") -> "ModelSource":
@@ -39,9 +49,9 @@ def require_plain(source: "ModelSource") -> None:
     Raises:
         UserError: names its base.
     """
-    if kind_of(source):
+    if kind := kind_of(source):
         raise UserError(
-            f"'{source.path}' is a base with an assistant beside it, which cannot be changed again",
+            f"'{source.path}' is {kind.WHAT}, which cannot be changed again",
             f"give its base, {base_of(source).path}",
         )
 

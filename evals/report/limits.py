@@ -8,6 +8,10 @@ WEIGHTS = (
     "Whether the information is gone from the weights. A low probability of the true answer can be "
     "undone by a few steps of fine-tuning, by quantisation or by another prompt; {tried}."
 )
+CLAMPED = (
+    "Erasure. The weights are those of the base, and the information is in them: features are "
+    "suppressed while the model runs, and whoever leaves the clamps out has them back."
+)
 ONE_WORDING = (
     "Other wordings. Each question was asked in its one wording and answered once, greedily: no "
     "paraphrases, other languages, answers begun for the model, or sampling."
@@ -46,7 +50,7 @@ NO_RETAIN_MODEL = (
 )
 
 
-def limits(rows: Sequence[Row], *, leakage: bool = False) -> list[str]:
+def limits(rows: Sequence[Row], *, leakage: bool = False, clamped: bool = False) -> list[str]:
     """List what a reader must not conclude, given what was measured."""
     measured = {row.name for row in rows}
     worded = any("_PARA_Q_A" in name or "jailbreak" in name for name in measured)
@@ -57,7 +61,7 @@ def limits(rows: Sequence[Row], *, leakage: bool = False) -> list[str]:
         else "none of these was tried here"
     )
     found = [
-        WEIGHTS.format(tried=tried),
+        CLAMPED if clamped else WEIGHTS.format(tried=tried),
         FEW_WORDINGS if worded else ONE_WORDING,
         MEMBERSHIP if attacked else NO_MEMBERSHIP,
         UTILITY,

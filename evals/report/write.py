@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from unlearn.evals.report.clamp import describe_clamp, draw_clamp
 from unlearn.evals.report.curve import draw_curve
 from unlearn.evals.report.ecdf import Distance, distances, draw_ecdf, usable_ratios
 from unlearn.evals.report.edit_path import (
@@ -128,7 +129,7 @@ def describe(results: Mapping[str, Any]) -> dict[str, Any]:
         "curve": training.get("curve") or [],
         "edit": _edit(results),
         "examples": _examples(results.get("examples") or [], titles),
-        "limits": limits(rows, leakage=bool(leaked)),
+        "limits": limits(rows, leakage=bool(leaked), clamped=bool(training.get("clamp"))),
         "reading": reading(rows),
         "provenance": provenance(results),
         "repeat": repeat(results.get("recipe")),
@@ -143,6 +144,7 @@ def draw(results: Mapping[str, Any], run: Mapping[str, Any]) -> dict[str, Plot]:
         "trade_off": draw_tradeoff(path) if path else None,
         "curve": None if run["edit"] else draw_curve(run["curve"]),
         "edit_path": _edit_path(results.get("training") or {}),
+        "clamp": draw_clamp(results.get("training") or {}),
     }
     return {name: plot for name, plot in found.items() if plot}
 
@@ -155,11 +157,13 @@ def _edit(results: Mapping[str, Any]) -> dict[str, Any] | None:
         few = any("too few retain rows" in str(text) for text in results.get("warnings") or [])
         rows = UNFITTED if "trials" in training else FITTED if few else HELD_OUT
         found["caption"] = caption(steps, tried, rows)
+    if found:
+        found["clamp"] = describe_clamp(training)
     return found
 
 
 def _edit_path(training: Mapping[str, Any]) -> Plot | None:
-    if not training.get("edit"):
+    if not training.get("edit") or training.get("clamp"):
         return None
     return draw_edit_path(edit_steps(training), tried_scales(training))
 

@@ -11,10 +11,8 @@ from transformers import AutoModelForCausalLM
 from unlearn import models
 from unlearn.assistant import artefact
 from unlearn.assistant.artefact import load_composed, save_composed
-from unlearn.assistant.build import Assistant
 from unlearn.errors import UserError
 from unlearn.evals.answers import Evaluator
-from unlearn.head import plain
 from unlearn.kinds import base_of, require_plain
 from unlearn.models import ModelSource, load_model, load_tokenizer, weights_hash
 
@@ -32,8 +30,7 @@ def saved(build_assisted, build_tiny_model, tiny_tokenizer, tmp_path, monkeypatc
         source = ModelSource("base", dtype=dtype)
         model = build_assisted(combine, base=load_model(source, device="cpu"))
         Path("composed").mkdir()
-        assistant = Assistant(2, combine, plain(model).head.hyper)
-        save_composed(model, tiny_tokenizer, Path("composed"), source, assistant)
+        save_composed(model, tiny_tokenizer, Path("composed"), source)
         return model
 
     return save

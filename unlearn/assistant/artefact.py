@@ -6,35 +6,31 @@ refuses the folder instead of loading a base that has forgotten nothing; neither
 fit the base, because its weights are named for the assistant.
 """
 
-import hashlib
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
-
 from unlearn import models
 from unlearn.assistant.build import Assistant, compose
+from unlearn.assistant.compose import AssistedForCausalLM
 from unlearn.assistant.rules import RULES, settings
+from unlearn.bases import Base, content_of, recorded
 from unlearn.errors import UserError, unknown
 from unlearn.head import plain
-from unlearn.kinds import kind_of
 from unlearn.runs import versions, write_json
 
 CONFIG, ADAPTER = "uld_config.json", "adapter"
 FORMAT = 1
 """Raise when the meaning of the folder changes."""
+WHAT = "a base with an assistant beside it"
 
 
 @dataclass(frozen=True)
 class Composition:
     """What ``uld_config.json`` says, checked."""
 
-    base: models.ModelSource
-    base_weights_sha256: str
-    tokenizer_sha256: str
+    base: Base
     assistant: Assistant
 
     @classmethod
@@ -45,20 +41,12 @@ class Composition:
             UserError: the file is damaged, or made by a later version.
         """
         path = Path(source.path) / CONFIG
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-            if found["format"] > FORMAT:
-                raise UserError(f"'{path}' was written by a later version", "update unlearn")
+        with content_of(path, FORMAT) as found:
             rule = found["combine"]
             if rule not in RULES:
                 raise unknown(f"rule in '{path}':", rule, RULES)
             hyper = _numbers(path, settings(rule, found))
-            base = replace(source, path=found["base_model"], revision=found["base_revision"])
-            assistant = Assistant(found["layers"], rule, hyper)
-            hashes = (str(found["base_weights_sha256"]), str(found["tokenizer_sha256"]))
-        except (OSError, ValueError, LookupError, TypeError) as error:
-            raise UserError(f"'{path}' is damaged: {error!r}", "copy the folder again") from error
-        return cls(base, *hashes, assistant)
+            return cls(Base.named(found, source), Assistant(found["layers"], rule, hyper))
 
 
 def _numbers(path: Path, hyper: Mapping[str, Any]) -> dict[str, float]:
@@ -71,7 +59,7 @@ def _numbers(path: Path, hyper: Mapping[str, Any]) -> dict[str, float]:
 
 def base_of(source: models.ModelSource) -> models.ModelSource:
     """Give the base that a composition's folder names."""
-    return Composition.read(source).base
+    return Composition.read(source).base.source
 
 
 def check(source: models.ModelSource) -> None:
@@ -80,7 +68,7 @@ def check(source: models.ModelSource) -> None:
     Raises:
         UserError: no base where the folder says, no adapter, or damaged files.
     """
-    folder, base = Path(source.path), base_of(source)
+    folder, base = Path(source.path), Composition.read(source).base
     if source.quantize:
         message = (
             f"'{source.path}' cannot be loaded in 4 bits: its base is shared with an assistant"
@@ -92,13 +80,7 @@ def check(source: models.ModelSource) -> None:
     if not weights.is_file():
         raise UserError(f"'{source.path}' has no {ADAPTER}/{weights.name}", "copy it again")
     models.check_safetensors(weights)
-    try:
-        models.check_source(base)
-    except UserError as error:
-        hint = f"set base_model in {folder / CONFIG} to where it is now"
-        raise UserError(f"'{source.path}' needs its base: {error.message}", hint) from error
-    if kind_of(base):
-        raise UserError(f"the base of '{source.path}', '{base.path}', is no plain model")
+    base.check(source.path, CONFIG)
 
 
 def load_composed(
@@ -121,10 +103,9 @@ def load_composed(
     found = Composition.read(source)
     if base is None:
         check(source)
-    else:
-        found = replace(found, base=replace(found.base, path=base, revision=None))
-    loaded = models.load_model(found.base, device=device)
-    _require_same_base(source, found)
+    own = found.base.at(base)
+    loaded = models.load_model(own.source, device=device)
+    own.require_same(source.path, CONFIG)
     composed = compose(loaded, found.assistant)
     # peft takes seconds to import
     from peft import PeftModel  # noqa: PLC0415
@@ -132,53 +113,22 @@ def load_composed(
     return PeftModel.from_pretrained(composed, str(Path(source.path) / ADAPTER)).eval()
 
 
-def save_composed(
-    model: Any, tokenizer: Any, folder: Path, base: models.ModelSource, assistant: Assistant
-) -> None:
+def holds(model: Any) -> bool:
+    """Tell whether a model in memory is such a composition."""
+    return isinstance(plain(model), AssistedForCausalLM)
+
+
+def save_composed(model: Any, tokenizer: Any, folder: Path, base: models.ModelSource) -> None:
     """Write the folder of a composition whose base was loaded from ``base``."""
-    local = Path(base.path)
+    inner = plain(model)
     content = {
         "format": FORMAT,
-        "base_model": str(local.absolute()) if local.exists() else base.path,
-        "base_revision": base.revision,
-        "base_weights_sha256": weights_sha256(base),
-        "tokenizer_sha256": models.tokenizer_sha256(tokenizer),
-        "layers": plain(model).decoder.depths[1],
-        "combine": assistant.combine,
-        **settings(assistant.combine, assistant.hyper),
+        **recorded(base, tokenizer),
+        "layers": inner.decoder.depths[1],
+        "combine": inner.head.rule,
+        **inner.head.hyper,
         "versions": versions(),
     }
     model.save_pretrained(folder / ADAPTER)
     tokenizer.save_pretrained(folder)
     write_json(folder / CONFIG, content)
-
-
-def weights_sha256(source: models.ModelSource) -> str:
-    """Hash a model's weight files, whatever precision they are loaded in."""
-    digest = hashlib.sha256()
-    for path in _weight_files(source):
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
-
-
-def _weight_files(source: models.ModelSource) -> list[Path]:
-    """List the weight files of a plain model that is here: in a folder, or downloaded."""
-    folder = source.path
-    if not Path(folder).exists():
-        folder = snapshot_download(folder, revision=source.revision, local_files_only=True)
-    return sorted(Path(folder).glob("*.safetensors"))
-
-
-def _require_same_base(source: models.ModelSource, found: Composition) -> None:
-    path = found.base.path
-    if weights_sha256(found.base) != found.base_weights_sha256:
-        raise UserError(
-            f"'{path}' does not hold the weights that '{source.path}' was made for",
-            f"set base_model in {Path(source.path) / CONFIG} to the model it was made from",
-        )
-    if models.tokenizer_sha256(models.load_tokenizer(found.base)) != found.tokenizer_sha256:
-        raise UserError(
-            f"the tokenizer of '{path}' is not the one that '{source.path}' was made with",
-            "restore the base's tokenizer files",
-        )

@@ -44,7 +44,7 @@ class Parts:
             return Rows(examples, batch_tokens=batch_tokens)
 
         if "retain" not in data:
-            raise UserError("kfade needs retain rows: its metric is their KL", "give --retain")
+            raise UserError("the edit needs retain rows: it is measured on them", "give --retain")
         forget, retain = list(data["forget"]), _labelled(data["retain"], loss_on)
         apart = spaced(retain, min(held_out, len(retain) // SMALLEST_PART)) if retain[4:] else []
         taken = set(apart)

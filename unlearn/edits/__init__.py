@@ -2,10 +2,11 @@
 
 To add one: write the function in a module here and name it in the table. Its signature says what it
 asks for, beside the model as it was before unlearning: ``tuned``, that model trained on the
-recipe's terms; ``data``, the tokenised rows by stream; ``listen``, who is told of events as a run
-knows them; ``seed``, the run's; ``keep``, a file where it may keep what it has done so far, so that
-a later call goes on from there. One that does not ask for ``tuned`` trains nothing: its recipe has
-no terms, and every process of a launch calls it. Keyword-only parameters are hyperparameters.
+recipe's terms; ``data``, the tokenised rows by stream; ``tokenizer``, the model's; ``listen``, who
+is told of events as a run knows them; ``seed``, the run's; ``keep``, a file where it may keep what
+it has done so far, so that a later call goes on from there. One that does not ask for ``tuned``
+trains nothing: its recipe has no terms, and every process of a launch calls it. Keyword-only
+parameters are hyperparameters.
 """
 
 import inspect
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from unlearn.edits import reapply as again
+from unlearn.edits import sae as clamping
 from unlearn.edits.factors import check_factors
 from unlearn.edits.kfade import kfade, settings_mistake
 from unlearn.edits.task_vector import task_vector
@@ -47,7 +49,7 @@ class Edit:
         return {**self.hyper, **given}
 
     def asks(self, what: str) -> bool:
-        """Tell whether it takes ``tuned``, ``data``, ``listen``, ``seed`` or ``keep``."""
+        """Tell whether it takes ``tuned``, ``data`` or another of what is named above."""
         return what in inspect.signature(self.function).parameters
 
     def __call__(self, model: Any, given: Mapping[str, Any], **hyper: Any) -> Any:
@@ -62,6 +64,7 @@ EDITS: dict[str, Edit] = {
         Edit(task_vector),
         Edit(kfade, settings_mistake, check_factors),
         Edit(again.reapply, again.settings_mistake),
+        Edit(clamping.sae, clamping.settings_mistake),
     )
 }
 

@@ -15,7 +15,7 @@ def weightless(source: ModelSource) -> Any:
     """Build a model from its configuration alone: names and shapes of weights, no memory for them.
 
     Raises:
-        UserError: there is no such model, or it is an adapter, an assistant beside its base, or
+        UserError: there is no such model, or it is an adapter, a folder that belongs to a base, or
             quantised: it has no weights of its own that could be changed.
     """
     check_source(source)

@@ -1,6 +1,6 @@
 """A dictionary: its weights, and what they make of an activation."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
@@ -18,31 +18,22 @@ OF_BATCH = ("batchtopk", "mutual", "feature")
 """Kinds that choose among the tokens of a whole batch while they are trained."""
 REQUIRED = ("w_enc", "b_enc", "w_dec", "b_dec")
 TENSORS = (*REQUIRED, "threshold", "r_mag", "b_mag")
+CODED = ("w_enc", "b_enc", "threshold", "r_mag", "b_mag")
+"""Weights of an encoder whose last axis is the latents."""
 
 
-@dataclass(frozen=True)
-class Dictionary:
-    """Weights of a sparse autoencoder, with its kind and the place it belongs to.
-
-    ``centred``: the decoder's bias is taken off the inputs. ``b_enc`` is the gate's bias in a gated
-    dictionary, which has ``r_mag`` and ``b_mag`` too. ``threshold`` belongs to ``jumprelu``, and to
-    the kinds of :data:`OF_BATCH` once they are trained. ``k``: active latents per token, for
-    ``topk`` exactly. ``hook`` is None where a file does not say. ``about``: how it was trained.
-    """
+class Encoding:
+    """How activations become latents, from the weights of a dictionary or of a part of one."""
 
     kind: Kind
     w_enc: Float[Tensor, "width latent"]
     b_enc: Float[Tensor, " latent"]
-    w_dec: Float[Tensor, "latent width"]
     b_dec: Float[Tensor, " width"]
-    threshold: Float[Tensor, " latent"] | None = None
-    r_mag: Float[Tensor, " latent"] | None = None
-    b_mag: Float[Tensor, " latent"] | None = None
-    k: int | None = None
-    centred: bool = True
-    hook: Hook | None = None
-    model: str = ""
-    about: Mapping[str, Any] = field(default_factory=dict)
+    threshold: Float[Tensor, " latent"] | None
+    r_mag: Float[Tensor, " latent"] | None
+    b_mag: Float[Tensor, " latent"] | None
+    k: int | None
+    centred: bool
 
     @property
     def width(self) -> int:
@@ -90,6 +81,50 @@ class Dictionary:
         assert self.b_mag is not None
         return (pi - self.b_enc) * self.r_mag.exp() + self.b_mag
 
+
+@dataclass(frozen=True)
+class Encoder(Encoding):
+    """Encoders of some latents, without their directions; see :class:`Dictionary`."""
+
+    kind: Kind
+    w_enc: Float[Tensor, "width latent"]
+    b_enc: Float[Tensor, " latent"]
+    b_dec: Float[Tensor, " width"]
+    threshold: Float[Tensor, " latent"] | None = None
+    r_mag: Float[Tensor, " latent"] | None = None
+    b_mag: Float[Tensor, " latent"] | None = None
+    k: int | None = None
+    centred: bool = True
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Give the weights that there are, by name."""
+        return _tensors(self)
+
+
+@dataclass(frozen=True)
+class Dictionary(Encoding):
+    """Weights of a sparse autoencoder, with its kind and the place it belongs to.
+
+    ``centred``: the decoder's bias is taken off the inputs. ``b_enc`` is the gate's bias in a gated
+    dictionary, which has ``r_mag`` and ``b_mag`` too. ``threshold`` belongs to ``jumprelu``, and to
+    the kinds of :data:`OF_BATCH` once they are trained. ``k``: active latents per token, for
+    ``topk`` exactly. ``hook`` is None where a file does not say. ``about``: how it was trained.
+    """
+
+    kind: Kind
+    w_enc: Float[Tensor, "width latent"]
+    b_enc: Float[Tensor, " latent"]
+    w_dec: Float[Tensor, "latent width"]
+    b_dec: Float[Tensor, " width"]
+    threshold: Float[Tensor, " latent"] | None = None
+    r_mag: Float[Tensor, " latent"] | None = None
+    b_mag: Float[Tensor, " latent"] | None = None
+    k: int | None = None
+    centred: bool = True
+    hook: Hook | None = None
+    model: str = ""
+    about: Mapping[str, Any] = field(default_factory=dict)
+
     def decode(self, a: Float[Tensor, "*token latent"]) -> Float[Tensor, "*token width"]:
         """Give the activations that latents stand for."""
         return a @ self.w_dec + self.b_dec
@@ -97,6 +132,20 @@ class Dictionary:
     def reconstruct(self, x: Float[Tensor, "*token width"]) -> Float[Tensor, "*token width"]:
         """Give what is left of activations after encoding and decoding."""
         return self.decode(self.encode(x))
+
+    def encoder(self, latents: Sequence[int] | None = None) -> Encoder:
+        """Give the encoder of these latents in this order, or of all.
+
+        Each then comes out as it would of the whole dictionary, unless the kind is ``topk``: which
+        latents are among the k largest of a token only the whole encoder knows.
+        """
+        if latents is None:
+            weights = {name: one for name, one in self.tensors().items() if name != "w_dec"}
+            return Encoder(self.kind, **weights, k=self.k, centred=self.centred)
+        assert self.kind != "topk"
+        places = torch.tensor(latents, dtype=torch.long, device=self.b_enc.device)
+        weights = {name: one[..., places] for name, one in self.tensors().items() if name in CODED}
+        return Encoder(self.kind, b_dec=self.b_dec, **weights, k=self.k, centred=self.centred)
 
     def norms(self) -> Float[Tensor, " latent"]:
         """Give the length of every latent's direction."""
@@ -131,13 +180,17 @@ class Dictionary:
 
     def tensors(self) -> dict[str, Tensor]:
         """Give the weights that there are, by name."""
-        found = ((name, getattr(self, name)) for name in TENSORS)
-        return {name: value for name, value in found if value is not None}
+        return _tensors(self)
 
     def to(self, device: torch.device | str) -> "Dictionary":
         """Give the dictionary on another device."""
         moved: dict[str, Any] = {name: one.to(device) for name, one in self.tensors().items()}
         return replace(self, **moved)
+
+
+def _tensors(weights: Encoding) -> dict[str, Tensor]:
+    found = ((name, getattr(weights, name, None)) for name in TENSORS)
+    return {name: value for name, value in found if value is not None}
 
 
 def built(source: str, kind: Kind, weights: Mapping[str, Tensor], **more: Any) -> Dictionary:
