@@ -1,15 +1,18 @@
 r"""Clamping features of a sparse autoencoder beside its controls and RMU, at equal side effects.
 
     python scripts/sae_table.py --target ../shared/models/tofu-tiny-target \
-        --tofu ../shared/data/tofu --out runs/sae-table [--seeds 0,1,2,3,4] [--kl 0.2]
+        --tofu ../shared/data/tofu --out runs/sae-table [--seeds 0,1,2,3,4] [--kl 0.2] \
+        [--forget world_facts]
 
-Per seed: a dictionary of what leaves layer 1 is trained on the rows that the target has memorised
-(TOFU's ``forget10`` and 400 rows to keep), and the preset ``tofu-tiny/sae`` is run with it, its
-budget ``--kl`` nats per token of KL(target || clamped) on 64 retain rows that features are not
-chosen by. Its controls use the same features: set to 0, and other directions changed as much. RMU
-(preset ``tofu-tiny/rmu``) is run with several strengths, and the one that forgets most within the
-same KL on the same rows is taken. Losses are means over labelled tokens, in nats, on 256 forget
-rows and those 64. Writes ``results.json`` and ``table.md``; a stopped run goes on.
+Per seed: a dictionary of what leaves layer 1 is trained on rows that the target has memorised:
+those of ``--forget`` (``world_facts``: questions about the world; ``forget10``: more made-up
+authors, in the very words of those to keep) and 400 rows to keep, about made-up authors. The preset
+``tofu-tiny/sae`` is run with it, its budget ``--kl`` nats per token of KL(target || clamped) on 64
+retain rows that features are not chosen by. Its controls use the same features: set to 0, and other
+directions changed as much. RMU (preset ``tofu-tiny/rmu``) is run with several strengths, and the
+one that forgets most within the same KL on the same rows is taken. Losses are means over labelled
+tokens, in nats, on up to 256 forget rows and those 64. Writes ``results.json`` and ``table.md``; a
+stopped run goes on.
 """
 
 import argparse
@@ -40,13 +43,14 @@ def write(path: Path, rows: Any) -> str:
     return str(path)
 
 
-def rows_of(tofu: str, folder: Path) -> dict[str, str]:
+def rows_of(args: argparse.Namespace) -> dict[str, str]:
     """Write the rows to forget, those to keep, and both."""
     from unlearn.data.sources import load_rows
 
-    forget, retain = load_rows(f"{tofu}#forget10"), load_rows(f"{tofu}#full:train[:{KEPT}]")
+    forget = load_rows(f"{args.tofu}#{args.forget}")
+    retain = load_rows(f"{args.tofu}#full:train[:{KEPT}]")
     named = {"forget": forget, "retain": retain, "both": [*retain, *forget]}
-    return {name: write(folder / f"{name}.jsonl", rows) for name, rows in named.items()}
+    return {name: write(args.out / f"{name}.jsonl", rows) for name, rows in named.items()}
 
 
 def dictionary(args: argparse.Namespace, rows: dict[str, str], out: Path, seed: int) -> str:
@@ -150,9 +154,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=lambda text: [int(one) for one in text.split(",")],
                         default=[0, 1, 2, 3, 4])  # fmt: skip
+    parser.add_argument("--forget", default="world_facts", help="part of TOFU to forget")
     parser.add_argument("--kl", type=float, default=0.2)
     args = parser.parse_args()
-    rows = rows_of(args.tofu, args.out)
+    rows = rows_of(args)
     found = [seed_of(args, rows, seed) for seed in args.seeds]
     (args.out / "results.json").write_text(json.dumps(found, indent=1))
     (args.out / "table.md").write_text(table(found))
