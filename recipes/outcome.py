@@ -5,6 +5,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from transformers import set_seed
+
 from unlearn import models, monitors
 from unlearn.assistant.artefact import save_composed
 from unlearn.assistant.build import Assistant, assisted
@@ -17,6 +19,7 @@ from unlearn.errors import UserError
 from unlearn.head import plain
 from unlearn.ranks import Ranks
 from unlearn.recipes.prepare import Prepared
+from unlearn.recipes.schema import Recipe
 from unlearn.runs import RunFolder
 
 
@@ -26,7 +29,7 @@ def to_train(prepared: Prepared, model: Any) -> Any:
     Raises:
         UserError: an assistant that this model, or these terms, cannot have.
     """
-    lora = lora_of(prepared)
+    lora = lora_of(prepared.recipe)
     if lora is None:
         return model
     assistant = assistant_of(prepared)
@@ -36,6 +39,19 @@ def to_train(prepared: Prepared, model: Any) -> Any:
     model = assisted(model, assistant, lora)
     plain(model).alone = assistant.combine in ALONE
     return model
+
+
+def to_edit(recipe: Recipe, model: Any) -> Any:
+    """Put adapters onto a loaded model, where the recipe has an edit change these.
+
+    They are drawn from the recipe's seed alone: a resumed run, and every process, must have the
+    same.
+    """
+    lora = lora_of(recipe)
+    if lora is None:
+        return model
+    set_seed(recipe.seed)
+    return models.add_lora(model, lora)
 
 
 @contextmanager
@@ -88,7 +104,7 @@ def edited(
     """Apply an edit that trains nothing, on every process alike; give the model and a summary.
 
     What it has added to the weights, where it tells, is kept in a file of the folder. So are the
-    steps it has taken, until it is done.
+    steps it has taken, until it is done. Where it changes adapters, these are on the model.
     """
     section = prepared.recipe.edit
     assert section is not None
@@ -103,6 +119,7 @@ def edited(
         listen(event)
 
     hear({"event": "stage", "stage": "edit", "name": section.name})
+    model = to_edit(prepared.recipe, model)
     given = {
         "data": {name: stream.examples for name, stream in prepared.streams.items()},
         "listen": hear,
@@ -124,7 +141,8 @@ def _keep_update(changed: dict[str, Any], about: dict[str, Any], place: Path) ->
     parts = ("weights", "remainders", "rank")
     weights, remainders, rank = (changed.get(part) for part in parts)
     told = {key: value for key, value in changed.items() if key not in parts}
-    update = Update(LowRank(weights or {}), about, remainders or {})
+    kept = weights.kept if isinstance(weights, LowRank) else weights or {}
+    update = Update(LowRank(kept), about, remainders or {})
     if rank is not None:
         update = update.of_rank(rank)
         told |= {key: update.about[key] for key in ("rank", "relative_error")}
@@ -141,9 +159,9 @@ def assistant_of(prepared: Prepared) -> Assistant | None:
     return Assistant(section.layers, section.combine, hyper)
 
 
-def lora_of(prepared: Prepared) -> models.Lora | None:
+def lora_of(recipe: Recipe) -> models.Lora | None:
     """Give the recipe's adapter settings as the library's own type."""
-    section = prepared.recipe.model.lora
+    section = recipe.model.lora
     if section is None:
         return None
     targets = section.targets if isinstance(section.targets, str) else tuple(section.targets)

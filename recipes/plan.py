@@ -230,7 +230,8 @@ def _files(prepared: Prepared, size: Footprint, how: Training) -> tuple[int, lis
     }
     if not recipe.trains:  # nothing is kept on the way
         del sizes["checkpoints/"]
-        sizes["update.safetensors"] = 4 * size.parameters  # at most: of changed weights, in fp32
+        changed = size.trainable if recipe.model.lora else size.parameters
+        sizes["update.safetensors"] = 4 * changed  # at most: of changed weights, in fp32
         reference = 0
     if recipe.model.lora and not recipe.assistant:
         sizes["adapter/"] = size.trained
