@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from unlearn.cli.entry import Json, Offline, go_offline, say
-from unlearn.cli.options import Map, Method, Model, Preset, Retain, Set
+from unlearn.cli.options import Lora, Map, Method, Model, Preset, Retain, Set
 from unlearn.cli.progress import Emit, listening
 from unlearn.cli.ranks import require_one_process
 
@@ -29,6 +29,7 @@ def fit(
     ] = ...,  # type: ignore[assignment]
     map_: Map = None,
     recipe: Preset = None,
+    lora: Lora = False,
     set_: Set = None,
     offline: Offline = False,
     json: Json = False,
@@ -47,7 +48,7 @@ def fit(
     go_offline(offline)
     with listening() as emit:
         emit({"event": "stage", "stage": "start"})
-        resolved = resolve(method, recipe, changes, set_ or [], lora=False, here=False)
+        resolved = resolve(method, recipe, changes, set_ or [], lora=lora, here=False)
         found = _fitted(resolved, out, emit, offline=offline)
     say(found, json=json, people=_show_fitted)
 

@@ -14,6 +14,7 @@ from unlearn.edits import EDITS
 from unlearn.edits.factors import retain_curvature
 from unlearn.errors import UserError
 from unlearn.ranks import Ranks
+from unlearn.recipes import outcome
 from unlearn.recipes.prepare import Stream, open_tokenizer, read_stream
 from unlearn.recipes.schema import Recipe
 
@@ -37,7 +38,7 @@ def fit(
     source, stream = _retain(recipe, offline=offline)
     emit({"event": "stage", "stage": "load"})
     set_seed(recipe.seed)
-    model = models.load_model(source)
+    model = outcome.to_edit(recipe, models.load_model(source))
     emit({"event": "stage", "stage": "curvature"})
     with models.recomputed(model, on=recipe.training.gradient_checkpointing):
         found = retain_curvature(model, stream.examples, hyper, emit, recipe.seed)

@@ -35,7 +35,8 @@ def edit_settings(prepared: Prepared) -> dict[str, Any]:
 def edit_parts(prepared: Prepared, model: Any, size: Footprint, device: str) -> list[Part]:
     """List what one device holds while an edit is made; input factors count once per layer.
 
-    (Layers that read the same input share theirs, so this is an upper bound.)
+    (Layers that read the same input share theirs, so this is an upper bound.) Of adapters A and B
+    are layers by themselves: small, but for A's input factor and B's output factor.
     """
     how = edit_settings(prepared)
     found = [Part("weights", size.weights, f"{size.parameters:,} parameters")]
@@ -62,6 +63,7 @@ def edit_parts(prepared: Prepared, model: Any, size: Footprint, device: str) -> 
     factors, spectrum = width * sum(squares), tracked * (how["curvature"] in ("ekfac", "diag"))
     if how["curvature"] == "diag":
         factors = 0
+    what = "adapter matrices" if prepared.recipe.model.lora else "layers"
     if how["correct"] and on_cpu:  # a GPU leaves them to the host
         states = _retain_labels(prepared, how["retain_tokens"])
         held = states * model.config.get_text_config().hidden_size * width
@@ -70,7 +72,7 @@ def edit_parts(prepared: Prepared, model: Any, size: Footprint, device: str) -> 
         *found,
         Part("start and steps", 2 * tracked, "what is added to, and what has been added"),
         Part("gradient", 2 * tracked, "of the forget loss, and the step it becomes"),
-        Part("curvature", factors + spectrum, f"of {len(layers)} layers, {how['curvature']}"),
+        Part("curvature", factors + spectrum, f"of {len(layers)} {what}, {how['curvature']}"),
         Part("solving", SOLVING * width * max(squares), "the layer with the largest factors"),
         Part("activations", kept * tokens, f"{tokens:,} tokens"),
         Part("head", 4 * piece, "logits in chunks"),

@@ -5,6 +5,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from transformers import set_seed
+
 from unlearn import models, monitors
 from unlearn.assistant.build import Assistant, assisted
 from unlearn.assistant.compose import together
@@ -17,6 +19,7 @@ from unlearn.head import plain
 from unlearn.kinds import kind_in_memory
 from unlearn.ranks import Ranks
 from unlearn.recipes.prepare import Prepared
+from unlearn.recipes.schema import Recipe
 from unlearn.runs import RunFolder
 
 
@@ -26,7 +29,7 @@ def to_train(prepared: Prepared, model: Any) -> Any:
     Raises:
         UserError: an assistant that this model, or these terms, cannot have.
     """
-    lora = lora_of(prepared)
+    lora = lora_of(prepared.recipe)
     if lora is None:
         return model
     assistant = assistant_of(prepared)
@@ -36,6 +39,19 @@ def to_train(prepared: Prepared, model: Any) -> Any:
     model = assisted(model, assistant, lora)
     plain(model).alone = assistant.combine in ALONE
     return model
+
+
+def to_edit(recipe: Recipe, model: Any) -> Any:
+    """Put adapters onto a loaded model, where the recipe has an edit change these.
+
+    They are drawn from the recipe's seed alone: a resumed run, and every process, must have the
+    same.
+    """
+    lora = lora_of(recipe)
+    if lora is None:
+        return model
+    set_seed(recipe.seed)
+    return models.add_lora(model, lora)
 
 
 @contextmanager
@@ -80,11 +96,15 @@ def _edited(prepared: Prepared, model: Any) -> Any:
 def require_ready(prepared: Prepared, model: Any, weights_hash: str) -> None:
     """Refuse an edit that cannot be made of this model, before anything is measured.
 
+    Of adapters only once they are there, in :func:`edited`.
+
     Raises:
         UserError: as the edit says.
     """
     section = prepared.recipe.edit
-    if section is None or (ready := EDITS[section.name].ready) is None:
+    if section is None or prepared.recipe.model.lora:
+        return
+    if (ready := EDITS[section.name].ready) is None:
         return
     retain, hyper = prepared.streams["retain"].examples, EDITS[section.name].filled(section.hyper)
     ready(model, retain, hyper, seed=prepared.recipe.seed, start=weights_hash)
@@ -102,7 +122,7 @@ def edited(
 
     What it has added to the weights, where it tells (``update``), is kept in a file of the folder.
     So are the steps it has taken, until it is done. What else has come of it (``outcome``) goes
-    into the summary as it is.
+    into the summary as it is. Where it changes adapters, these are on the model.
     """
     section = prepared.recipe.edit
     assert section is not None
@@ -118,6 +138,7 @@ def edited(
         listen(event)
 
     hear({"event": "stage", "stage": "edit", "name": section.name})
+    model = to_edit(prepared.recipe, model)
     given = {
         "data": {name: stream.examples for name, stream in prepared.streams.items()},
         "tokenizer": prepared.tokenizer,
@@ -141,7 +162,8 @@ def _keep_update(changed: dict[str, Any], about: dict[str, Any], place: Path) ->
     parts = ("weights", "remainders", "rank")
     weights, remainders, rank = (changed.get(part) for part in parts)
     told = {key: value for key, value in changed.items() if key not in parts}
-    update = Update(LowRank(weights or {}), about, remainders or {})
+    kept = weights.kept if isinstance(weights, LowRank) else weights or {}
+    update = Update(LowRank(kept), about, remainders or {})
     if rank is not None:
         update = update.of_rank(rank)
         told |= {key: update.about[key] for key in ("rank", "relative_error")}
@@ -158,9 +180,9 @@ def assistant_of(prepared: Prepared) -> Assistant | None:
     return Assistant(section.layers, section.combine, hyper)
 
 
-def lora_of(prepared: Prepared) -> models.Lora | None:
+def lora_of(recipe: Recipe) -> models.Lora | None:
     """Give the recipe's adapter settings as the library's own type."""
-    section = prepared.recipe.model.lora
+    section = recipe.model.lora
     if section is None:
         return None
     targets = section.targets if isinstance(section.targets, str) else tuple(section.targets)

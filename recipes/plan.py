@@ -237,7 +237,8 @@ def _files(prepared: Prepared, size: Footprint, how: Training) -> tuple[int, lis
         if dictionaries_of(recipe):
             sizes["model/"] = clamp_bytes(prepared)
         else:  # at most: of changed weights, in fp32
-            sizes["update.safetensors"] = 4 * size.parameters
+            changed = size.trainable if recipe.model.lora else size.parameters
+            sizes["update.safetensors"] = 4 * changed
     if recipe.model.lora and not recipe.assistant:
         sizes["adapter/"] = size.trained
     if recipe.evals.select_best:

@@ -303,7 +303,7 @@ class Recipe(_Section):
 
     @model_validator(mode="after")
     def _trains_or_edits(self) -> Self:
-        if not self.terms and (why := without_terms(self.edit, self.model.lora, self.launch)):
+        if not self.terms and (why := without_terms(self.edit, self.model, self.launch)):
             raise PydanticCustomError("terms", "{why}", {"why": why})
         return self
 

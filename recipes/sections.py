@@ -180,24 +180,42 @@ def check_edit(value: EditSection | None, info: ValidationInfo) -> EditSection |
     return value
 
 
+CHANGE_ADAPTERS = ("kfade",)
+"""Edits that train nothing and can change adapters in place of the weights below them."""
 NOTHING = (
     "no term is on forget and there is no edit, so nothing would be forgotten; "
     "give one `on: forget`"
 )
 
 
-def without_terms(edit: EditSection | None, lora: LoraSection | None, launch: Any) -> str | None:
+def without_terms(edit: EditSection | None, model: Any, launch: Any) -> str | None:
     """Say what is wrong with a recipe that has no terms, after the key; None when nothing is."""
     if edit is None:
         return f"terms: {NOTHING}"
-    if lora is not None:
-        return (
-            "model.lora: given without terms; the edit changes the weights themselves and no "
-            "adapters: leave lora out"
-        )
+    if model.lora is not None and (why := _adapters_mistake(edit.name, model)):
+        return why
     if launch.chosen not in ("none", "ddp"):
         return (
             f"launch.engine: {launch.chosen} given without terms; it would split weights that the "
             "edit changes as a whole: use ddp"
+        )
+    return None
+
+
+def _adapters_mistake(edit: str, model: Any) -> str | None:
+    if edit not in CHANGE_ADAPTERS:
+        return (
+            f"model.lora: given without terms; edit {edit} changes the weights themselves and no "
+            "adapters: leave lora out"
+        )
+    if model.lora.dropout:
+        return (
+            f"model.lora.dropout: {model.lora.dropout:g} given without terms; edit {edit} takes "
+            "exact gradients and drops nothing: leave it out"
+        )
+    if model.quantize:
+        return (
+            f"model.quantize: {model.quantize} given without terms; edit {edit} tells what is "
+            "added to the weights below adapters, and 4-bit weights cannot take it: leave it out"
         )
     return None

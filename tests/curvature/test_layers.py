@@ -5,7 +5,6 @@ import torch
 
 from unlearn.curvature.layers import find_layers
 from unlearn.errors import UserError
-from unlearn.models import Lora, add_lora
 
 
 def leaves(layers):
@@ -92,8 +91,3 @@ def test_weights_that_are_shared_are_refused(llama):
     second.up_proj.weight = first.up_proj.weight
     with pytest.raises(UserError, match="shares its weight with"):
         find_layers(llama)
-
-
-def test_adapters_are_refused(build_tiny_model):
-    with pytest.raises(UserError, match="merge them first"):
-        find_layers(add_lora(build_tiny_model(), Lora(rank=2)))

@@ -111,10 +111,6 @@ TERM = "terms: [{objective: nll, on: forget}]\n"
             "trains nothing: leave terms out",
         ),
         (
-            "method: a\nedit: {name: kfade, retain_kl: 0.1}\nmodel: {lora: {}}\n",
-            "model.lora: given without terms",
-        ),
-        (
             EDIT + "launch: {engine: zero3, nproc: 2}\n",
             "launch.engine: zero3 given without terms",
         ),

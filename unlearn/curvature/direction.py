@@ -22,7 +22,7 @@ class Direction:
 
     A step δ = αd maximises gᵀδ − (1/2α) δᵀ(H + λI)δ: 1/α is the price of a nat of KL, per retain
     token, in nats of forget loss per token. ``slope`` is gᵀd, ``bend`` is dᵀHd without damping
-    (None where the curvature knows inputs only), ``dampings`` is λ of every layer.
+    (None where the curvature knows inputs only), ``dampings`` is λ of every layer that moves.
     """
 
     weights: Mapping[str, Float[Tensor, "out in"]]
@@ -67,7 +67,8 @@ def direction(
     figures = ranks.add(figures)
     sums = figures.sum(0).tolist()
     predicts = all(layer.outputs or layer.eigenvalues is not None for layer in layers.values())
-    dampings = dict(zip(layers, figures[:, 2].tolist(), strict=True))
+    amounts = zip(layers, figures[:, 2].tolist(), strict=True)
+    dampings = {name: amount for name, amount in amounts if amount}
     return Direction(weights, sums[0], sums[1] if predicts else None, dampings)
 
 
@@ -78,7 +79,13 @@ def _cost(shape: Sequence[int]) -> float:
 def _precondition(
     layer: LayerCurvature, g: Float[Tensor, "out in"], damping: Damping
 ) -> tuple[Tensor, Tensor]:
-    """Give the layer's part of the direction, and (gᵀd, dᵀHd, λ)."""
+    """Give the layer's part of the direction, and (gᵀd, dᵀHd, λ).
+
+    Without a gradient there is no step, whatever the curvature: A of an adapter has neither as long
+    as B is 0.
+    """
+    if not g.any():
+        return torch.zeros_like(g), torch.zeros(3, dtype=torch.float64)
     operator = inverse(layer, damping)
     found = operator.solve(g)
     slope = float((g.double() * found.double()).sum())

@@ -1,7 +1,7 @@
 """Which linear layers of a model are tracked, and which of them read the same input."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from unlearn.curvature.adapters import Adapter, adapter_of, has_adapters, is_adapted
 from unlearn.errors import UserError
 from unlearn.head import plain
 from unlearn.scoring import evaluation_mode
@@ -60,20 +61,15 @@ def find_layers(
 
     ``layers``: those of the feed-forward blocks, of attention, or both; or regular expressions
     found in their names. ``blocks``: first and last decoder layer, counted from 0. Embeddings and
-    the vocabulary head are never tracked.
+    the vocabulary head are never tracked. On a model with LoRA adapters (PEFT's) both matrices of
+    each adapter on such a layer are tracked, and not the frozen weight below.
 
     Raises:
-        UserError: nothing is found, what is named is not linear, weights are quantised, shared or
-            under adapters, or a layer is used otherwise than once per forward pass on every token.
+        UserError: nothing is found, what is named is not linear, weights are quantised or shared,
+            adapters are no plain LoRA, or a layer is used otherwise than once per forward pass on
+            every token.
     """
-    base = plain(model)
-    if hasattr(model, "peft_config"):
-        raise UserError(
-            "the model has adapters, and the curvature of adapter matrices is not that of the "
-            "weights they change",
-            "merge them first, or change the weights themselves",
-        )
-    chosen = named_layers(base, layers, blocks=blocks)
+    base, chosen = plain(model), named_layers(model, layers, blocks=blocks)
     _check_weights(base, chosen)
     groups = _groups(base, chosen)
     return [Tracked(name, module, groups[name]) for name, module in chosen.items()]
@@ -85,13 +81,15 @@ def named_layers(
     *,
     blocks: tuple[int, int] | None = None,
 ) -> dict[str, Any]:
-    """Find the linear layers by name, without running the model.
+    """Find the linear layers by name, or the matrices of their adapters, without running the model.
 
     Raises:
         UserError: nothing is found, or what is named is not linear.
     """
     base = plain(model)
-    found = dict(_inside(base, blocks))
+    if has_adapters(model):
+        return _adapters(base, layers, blocks)
+    found = dict(_inside(base, blocks, is_linear))
     if isinstance(layers, str):
         chosen = {name: module for name, module in found.items() if _in_set(name, layers)}
     else:
@@ -106,8 +104,28 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear | Conv1D)
 
 
-def _inside(base: Any, blocks: tuple[int, int] | None) -> Iterator[tuple[str, nn.Module]]:
-    """Give the linear layers of the decoder layers, with their names in the model."""
+def _adapters(
+    base: Any, layers: LayerSet | Sequence[str], blocks: tuple[int, int] | None
+) -> dict[str, Any]:
+    """Find A and B of the adapters that lie on the layers in question."""
+    adapted = dict(_inside(base, blocks, is_adapted))
+    chosen = set()
+    for one in [layers] if isinstance(layers, str) else layers:
+        in_set = isinstance(layers, str)
+        found = {n for n in adapted if (_in_set(n, one) if in_set else re.search(one, n))}
+        if not found:
+            leaves = _leaves(adapted)
+            message = f"layers '{one}': no adapter lies on such a layer"
+            raise UserError(message, f"choose model.lora.targets and layers alike; on: {leaves}")
+        chosen |= found
+    pairs = (Adapter.on(adapted[name]).matrices(name) for name in adapted if name in chosen)
+    return {name: matrix for pair in pairs for name, matrix in pair.items()}
+
+
+def _inside(
+    base: Any, blocks: tuple[int, int] | None, wanted: Callable[[nn.Module], bool]
+) -> Iterator[tuple[str, nn.Module]]:
+    """Give the wanted modules of the decoder layers, with their names in the model."""
     found = decoder_layers(base)
     if found is None:
         message = f"{type(base).__name__} keeps its layers where they are not found"
@@ -117,9 +135,9 @@ def _inside(base: Any, blocks: tuple[int, int] | None) -> Iterator[tuple[str, nn
     if not 0 <= first <= last < count:
         hint = f"give first and last, between 0 and {count - 1}"
         raise UserError(f"blocks {first} to {last} given, but the model has {count}", hint)
-    wanted = {id(m) for block in list(found[1])[first : last + 1] for m in block.modules()}
+    inside = {id(m) for block in list(found[1])[first : last + 1] for m in block.modules()}
     for name, module in base.named_modules():
-        if id(module) in wanted and is_linear(module):
+        if id(module) in inside and wanted(module):
             yield name, module
 
 
@@ -163,8 +181,11 @@ def _check_pattern(pattern: str) -> None:
 
 
 def _known(found: Mapping[str, Any]) -> str:
-    leaves = sorted({name.rpartition(".")[2] for name in found})
-    return f"its linear layers: {', '.join(leaves) or 'none'}"
+    return f"its linear layers: {_leaves(found)}"
+
+
+def _leaves(names: Iterable[str]) -> str:
+    return ", ".join(sorted({name.rpartition(".")[2] for name in names})) or "none"
 
 
 def _check_weights(base: Any, chosen: Mapping[str, nn.Module]) -> None:
@@ -195,7 +216,10 @@ def _groups(base: Any, chosen: Mapping[str, nn.Module]) -> dict[str, str]:
     def keep(name: str) -> Any:
         return lambda module, inputs: seen[name].append(inputs[0])
 
-    handles = [m.register_forward_pre_hook(keep(name)) for name, m in chosen.items()]
+    handles = [
+        _reader(base, name, module).register_forward_pre_hook(keep(name))
+        for name, module in chosen.items()
+    ]
     device = base.get_input_embeddings().weight.device
     size = base.config.get_text_config().vocab_size
     ids = torch.randint(size, PROBE, generator=torch.Generator().manual_seed(0)).to(device)
@@ -212,6 +236,15 @@ def _groups(base: Any, chosen: Mapping[str, nn.Module]) -> dict[str, str]:
         name: first.setdefault((x.data_ptr(), x.shape, x.stride(), x._version), name)
         for name, (x,) in seen.items()
     }
+
+
+def _reader(base: Any, name: str, module: nn.Module) -> Any:
+    """Give the module that is called with a layer's input as others are called with it too.
+
+    A of an adapter may be given a copy in another precision of what its layer reads.
+    """
+    found = adapter_of(base, name)
+    return found[1].module if found and module is found[1].down else module
 
 
 def _check_used_once(name: str, inputs: Sequence[Tensor]) -> None:

@@ -22,8 +22,10 @@ from unlearn.curvature.layers import LayerSet, Tracked, find_layers
 from unlearn.curvature.parts import Listen, LossOn, Parts, told
 from unlearn.curvature.passes import Rows
 from unlearn.curvature.rules import Rule, StepRule
+from unlearn.curvature.steps import Weights
 from unlearn.curvature.storage import load_curvature, save_curvature
 from unlearn.data.encode import Example
+from unlearn.edits.adapters import added_below
 from unlearn.edits.ascent import Ascent
 from unlearn.edits.update import stored_change
 from unlearn.errors import UserError
@@ -70,7 +72,11 @@ def kfade(  # noqa: PLR0913 - each is a key of the recipe's edit section
     up the loss. Weights of linear layers change, in place; biases, embeddings, norms and head do
     not. Source: McKinney et al. 2026, arXiv:2602.10568. Ours, and not the paper's: several steps,
     ``refit`` (without it H stays that of the start), ``correct`` (without it β is 0), the search
-    for α, ``ascend``, the factored damping, the held-out KL, and all defaults.
+    for α, ``ascend``, the factored damping, the held-out KL, adapters, and all defaults.
+
+    On a model with LoRA adapters (PEFT's) the two matrices of each are what changes, A and B with
+    H blocks of their own, and the weights below stay. While B is 0, A has no gradient and no
+    curvature, and does not move.
 
     ``ascend`` says what g raises: ``nll``, −log p of the tokens, as in the paper, whose gradient
     comes more and more from those that are lost already; or ``unlikelihood``, log(1 − p), which
@@ -113,10 +119,19 @@ def kfade(  # noqa: PLR0913 - each is a key of the recipe's edit section
     ascent = Ascent(model, parts, tracked, scorer, rule, lambdas, listen, ascend, correct, kept)
     with _warnings_told(listen):
         ascent.run(fit, refit=refit)
-    weights, now = ascent.weights, {layer.name: layer.weight for layer in tracked}
-    stored = stored_change(weights.start, now, weights.total)
-    listen({"event": "update", "weights": weights.changes(), "rank": update_rank, **stored})
+    listen({"event": "update", "rank": update_rank, **_added(model, tracked, ascent.weights)})
     return model
+
+
+def _added(model: Any, layers: Sequence[Tracked], weights: Weights) -> dict[str, Any]:
+    """Give what has been added to each weight, and what is left of it as weights are stored."""
+    if below := added_below(model, layers):
+        return below
+    now = {layer.name: layer.weight for layer in layers}
+    return {
+        "weights": weights.changes(),
+        **stored_change(weights.start, now, weights.total),
+    }
 
 
 def _goal(
@@ -156,7 +171,7 @@ def _warnings_told(listen: Listen) -> Iterator[None]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         yield
-    for one in caught:
+    for one in {(each.category, str(each.message)): each for each in caught}.values():
         if one.category is UserWarning:
             listen({"event": "warning", "message": str(one.message)})
         warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)

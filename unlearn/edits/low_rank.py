@@ -58,12 +58,18 @@ def truncated(changes: Mapping[str, Tensor], rank: int) -> tuple[LowRank, float]
     Nearest in the plain Frobenius norm (Eckart and Young 1936), every entry of a weight alike.
     Weighing them by the curvature, which tells the directions that matter to the outputs, would ask
     for its factors; that is not done here. What has other than two dimensions, and matrices that
-    factors would not make smaller, stay whole. Singular values that are zero are not kept.
+    factors would not make smaller, stay whole. Factors of this rank or less stay as they are.
+    Singular values that are zero are not kept.
     """
     kept: dict[str, Tensor | Factors] = {}
     lost = whole = 0.0
+    given = changes.kept if isinstance(changes, LowRank) else changes
     for name, change in changes.items():
         whole += _square(change)
+        factors = given[name]
+        if isinstance(factors, Factors) and factors.left.shape[1] <= rank:
+            kept[name] = factors
+            continue
         if change.ndim != 2 or rank * sum(change.shape) >= change.numel():
             kept[name] = change
             continue
