@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
@@ -10,8 +10,9 @@ from pydantic_core import ErrorDetails
 
 from unlearn.errors import UserError, did_you_mean
 from unlearn.recipes.passthrough import KINDS, passthrough_mistakes
-from unlearn.recipes.schema import Recipe, Term, TrainingSection
+from unlearn.recipes.schema import Recipe, TrainingSection
 from unlearn.recipes.sections import NOTHING, EditSection, ExtraSection
+from unlearn.recipes.terms import Term
 from unlearn.recipes.yaml_text import Location, Tree
 
 OTHER_NAMES = {
@@ -227,8 +228,21 @@ def _literals(annotation: Any) -> list[str]:
     return found
 
 
+def _stages(tree: Tree) -> Iterator[tuple[Location, Tree]]:
+    """Give the recipe and what it trains first, each with the keys that lead there."""
+    yield (), tree
+    if isinstance(first := tree.get("first"), dict):
+        yield ("first",), first
+
+
 def _passthrough(tree: Tree) -> Iterator[Mistake]:
-    training, declared = tree.get("training"), TrainingSection.model_fields
+    for at, stage in _stages(tree):
+        for mistake in _passed_through(stage.get("training")):
+            yield replace(mistake, at=(*at, *mistake.at))
+
+
+def _passed_through(training: Any) -> Iterator[Mistake]:
+    declared = TrainingSection.model_fields
     if isinstance(training, Mapping):
         extras = {str(key): value for key, value in training.items() if key not in declared}
         for key, message in passthrough_mistakes(extras, declared).items():
@@ -238,8 +252,14 @@ def _passthrough(tree: Tree) -> Iterator[Mistake]:
 
 
 def _objectives(tree: Tree) -> Iterator[Mistake]:
-    """Check the terms against the objectives' signatures; that needs torch, so only terms do."""
-    terms = tree.get("terms")
+    """Check the terms of all stages against the objectives' signatures."""
+    for at, stage in _stages(tree):
+        for mistake in _of_terms(stage.get("terms")):
+            yield replace(mistake, at=(*at, *mistake.at))
+
+
+def _of_terms(terms: Any) -> Iterator[Mistake]:
+    """Check terms against the objectives' signatures; that needs torch, so only terms do."""
     if not isinstance(terms, list):
         return
     from unlearn.objectives import (  # noqa: PLC0415 - imports torch

@@ -183,7 +183,7 @@ def _tokens(prepared: Prepared) -> dict[str, int]:
         statistics.mean(len(example.input_ids) for example in stream.examples)
         for stream in prepared.trained.values()
     ]
-    rows: float = min(prepared.rows_per_step, len(prepared.streams["forget"].examples))
+    rows: float = min(prepared.rows_per_step, len(prepared.streams[prepared.anchor].examples))
     chosen = choice_plan(prepared)
     if chosen and "passes" in chosen:  # the last step of a pass takes what is left of the rows
         rows = chosen["rows"] * chosen["passes"] / prepared.steps

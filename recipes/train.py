@@ -18,6 +18,7 @@ from unlearn.data.collate import Collator, EpochSampler
 from unlearn.engines import SHARDED, engine_arguments, is_sharded, put_trained, trained_weights
 from unlearn.errors import Interrupted
 from unlearn.packing import can_pack, packable
+from unlearn.posttrain.collapse import CollapseGuard
 from unlearn.ranks import Ranks
 from unlearn.recipes import outcome
 from unlearn.recipes.identity import training_identity
@@ -62,7 +63,8 @@ def train(
 
         trainer.add_callback(monitors.EverySteps(every, measure))
     last = _found_checkpoint(folder.checkpoints, trainer.identity, emit)
-    emit({"event": "stage", "stage": "train", "resumed_from": last and last.name})
+    stage = "post-train" if prepared.recipe.posttrains else "train"
+    emit({"event": "stage", "stage": stage, "resumed_from": last and last.name})
     _train_from(trainer, last, prepared.steps)
     unset_hf_deepspeed_config()  # else models loaded from now on would be split by ZeRO 3
     if stop.requested:
@@ -154,6 +156,9 @@ def make_trainer(
     hidden = prepared.engine.startswith("zero")
     trainer.add_callback(monitors.UpdateCheck(emit, hidden, Ranks.world().add))
     trainer.add_callback(monitors.StepEvents(emit, trainer.summary, lambda: trainer.num_tokens))
+    if recipe.posttrains and "rejected" in prepared.trained:
+        how = recipe.training.collapse.model_dump()
+        trainer.add_callback(CollapseGuard(emit, trainer.summary, **how))
     return trainer
 
 
@@ -243,6 +248,7 @@ def training_arguments(prepared: Prepared, folder: Path) -> TrainingArguments:
             "trainable",
             "gradient_checkpointing",
             "global_batch_size",
+            "collapse",
             "gradient_accumulation_steps",
         }
     )

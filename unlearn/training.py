@@ -22,9 +22,11 @@ from transformers.trainer_callback import ExportableState
 from unlearn import checkpoints
 from unlearn.activations import read_layer
 from unlearn.data.collate import EpochSampler
+from unlearn.data.pairs import SIDES
 from unlearn.monitors import require_finite_gradients
 from unlearn.objectives import Objective, Said
 from unlearn.objectives.dual import Stateful, StepMeans
+from unlearn.posttrain.readings import pair_readings
 from unlearn.ranks import Ranks
 from unlearn.reference import LiveReference
 from unlearn.scores import Scorer, Scores
@@ -114,6 +116,9 @@ class UnlearningTrainer(Trainer):
             if term.objective.reads in ("labelled", "logits"):
                 for stream in term.streams:
                     self._want[stream].add(term.objective.reads)
+        self._watched = set(SIDES) & {stream for term in self.terms for stream in term.streams}
+        for stream in self._watched:
+            self._want[stream].add("statistics")
         if any(isinstance(loss, Stateful) for loss in self.losses):
             self.add_callback(Memory(self))
 
@@ -141,6 +146,9 @@ class UnlearningTrainer(Trainer):
             counts[stream] = _total((part != -100).sum() for part in labels)
             attended = (batch[stream]["attention_mask"].sum() for batch in batches)
             counts[f"{stream}/tokens"] = _total(attended)
+        if set(SIDES) <= self._watched:
+            pairs = (batch["chosen"]["attention_mask"].any(-1).sum() for batch in batches)
+            counts["pairs"] = _total(pairs)
         totals = self._over_ranks(counts)
         self.num_tokens += sum(int(n) for name, n in totals.items() if name.endswith("/tokens"))
         return totals
@@ -205,6 +213,10 @@ class UnlearningTrainer(Trainer):
         for (stream, _), scores in policy.items():
             if isinstance(scores, Scores) and f"{stream}/nll" not in labels:
                 self._read(f"{stream}/nll", -scores.log_probs.sum() / counts[stream])
+        said = {stream: policy.get((stream, None)) for stream in sorted(self._watched)}
+        watched = {name: scores for name, scores in said.items() if isinstance(scores, Scores)}
+        for name, part in pair_readings(watched, counts):
+            self._read(name, part)
         # Engines average gradients over ranks, the counts are global: undo the average.
         return torch.stack(parts).sum() * self.accelerator.num_processes
 

@@ -15,6 +15,7 @@ from torch.utils.data import Dataset, Sampler
 from unlearn.data.answers import OtherAnswers
 from unlearn.data.draws import uniform
 from unlearn.data.encode import Example
+from unlearn.data.pairs import SIDES
 
 IGNORE = -100
 EMPTY = -1
@@ -62,9 +63,9 @@ NOTHING = Example(input_ids=[0], labels=[IGNORE], prompt_length=1, row=EMPTY, im
 class StreamDataset(Dataset):
     """Every forget row with the rows of the other streams that meet it, by (epoch, index).
 
-    The length is that of the anchor stream: the forget set, or the only stream there is. Rows of
-    other streams are drawn, except that ``others`` follow the rows whose questions they answer.
-    Items hold all streams, or those named in ``only``.
+    The length is that of the ``anchor`` stream: the forget set, or else the first stream. Rows of
+    other streams are drawn, except that ``others`` follow the rows whose questions they answer, and
+    that the two sides of a pair go together. Items hold all streams, or those named in ``only``.
     """
 
     def __init__(
@@ -74,11 +75,12 @@ class StreamDataset(Dataset):
         seed: int,
         others: Mapping[str, OtherAnswers] | None = None,
         only: Collection[str] | None = None,
+        anchor: str | None = None,
     ) -> None:
         self.streams = dict(streams)
         self.others = dict(others or {})
         self.seed = seed
-        self.anchor = "forget" if "forget" in streams else next(iter(streams))
+        self.anchor = anchor or ("forget" if "forget" in streams else next(iter(streams)))
         self.only = {*self.streams, *self.others} if only is None else set(only)
 
     def __len__(self) -> int:
@@ -93,7 +95,7 @@ class StreamDataset(Dataset):
 
     def row(self, stream: str, epoch: int, index: int) -> int:
         """Give the row of a stream that takes part when the anchor's row is ``index``."""
-        if stream == self.anchor:
+        if stream == self.anchor or {stream, self.anchor} == set(SIDES):
             return index
         return retain_partner(self.seed, epoch, index, len(self.streams[stream]))
 

@@ -1,0 +1,70 @@
+"""Parts of a recipe that only post-training has, and what it cannot be combined with.
+
+This module must stay importable without torch.
+"""
+
+from typing import TYPE_CHECKING
+
+from pydantic import Field
+
+from unlearn.recipes.section import Section
+
+if TYPE_CHECKING:
+    from unlearn.recipes.schema import Recipe
+
+
+class CollapseSection(Section):
+    """When training on pairs counts as collapsed: what was right becomes unlikely too."""
+
+    drop: float = Field(default=1.0, gt=0)
+    """Nats per token that chosen answers may lose, from the first steps to the last ones."""
+    window: int = Field(default=10, ge=1)
+    """Optimiser steps over which both are averaged."""
+    stop: bool = False
+    """End the training there and save what it has come to; else only warn."""
+
+
+def purpose_mistake(recipe: "Recipe") -> tuple[str, str] | None:
+    """Name a key that does not go with what the recipe is for, and say why; None: all do."""
+    if recipe.posttrains:
+        return _posttraining_mistake(recipe)
+    data = recipe.data
+    vain = {"data.pairs": data.pairs, "data.text": data.text, "data.heldout": data.heldout}
+    for key, value in vain.items():
+        if value is not None:
+            return key, "given, but no term reads it: only terms on chosen, rejected or text do"
+    if recipe.first:
+        return "first", "given with terms that unlearn; only post-training has a first stage"
+    return None
+
+
+def _posttraining_mistake(recipe: "Recipe") -> tuple[str, str] | None:
+    data, evals = recipe.data, recipe.evals
+    vain = {
+        "data.forget": data.forget,
+        "data.retain": data.retain,
+        "data.unseen": data.unseen,
+        "data.forget_extra": data.forget_extra or None,
+        "data.retain_extra": data.retain_extra or None,
+        "data.select": data.select,
+        "data.refusals": data.refusals,
+        "model.retain_model": recipe.model.retain_model,
+        "evals.tofu": evals.tofu,
+        "evals.familiarity": evals.familiarity,
+        "evals.retain_kl": evals.retain_kl or None,
+        "assistant": recipe.assistant,
+        "edit": recipe.edit,
+    }
+    for key, value in vain.items():
+        if value is not None:
+            return key, "given with terms that post-train, which forget nothing: leave it out"
+    if recipe.first and not _trains_rows(recipe):
+        return "first.terms", "must be on chosen, rejected or text, as the terms are"
+    if recipe.first and evals.select_best:
+        return "evals.select_best", "given with first, whose steps it cannot choose among"
+    return None
+
+
+def _trains_rows(recipe: "Recipe") -> bool:
+    first = recipe.first_recipe
+    return first is None or first.posttrains
