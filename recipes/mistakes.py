@@ -71,11 +71,14 @@ class RecipeError(UserError):
 
 
 def known_keys(model: type[BaseModel] = Recipe, prefix: str = "") -> list[str]:
-    """Give the dotted path of every key of the schema; terms are left out (they are a list)."""
+    """Give the dotted path of every key of the schema.
+
+    Terms are left out (they are a list), and what ``first`` repeats of the recipe's own keys.
+    """
     keys = []
     for name, field in model.model_fields.items():
         keys.append(prefix + name)
-        if section := section_type(field.annotation):
+        if name != "first" and (section := section_type(field.annotation)):
             keys += known_keys(section, f"{prefix}{name}.")
     return keys
 
@@ -199,14 +202,23 @@ def _section_at(at: Location) -> type[BaseModel] | None:
     """Give the schema of the section that holds the last key of a location."""
     section: type[BaseModel] | None = Recipe
     for part in at[:-1]:
-        if part == "terms":
-            return Term
-        if part in ("forget_extra", "retain_extra"):
-            return ExtraSection
+        if isinstance(part, int):  # an entry of a list
+            continue
+        if part in LISTED:
+            section = LISTED[part]
+            continue
         if section is None or part not in section.model_fields:
             return None
         section = section_type(section.model_fields[str(part)].annotation)
     return section
+
+
+LISTED: dict[str, type[BaseModel]] = {
+    "terms": Term,
+    "forget_extra": ExtraSection,
+    "retain_extra": ExtraSection,
+}
+"""Keys that hold a list of sections."""
 
 
 def _siblings(at: Location) -> list[str]:

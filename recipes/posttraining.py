@@ -3,7 +3,7 @@
 This module must stay importable without torch.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
@@ -22,6 +22,23 @@ class CollapseSection(Section):
     """Optimiser steps over which both are averaged."""
     stop: bool = False
     """End the training there and save what it has come to; else only warn."""
+
+
+class ReweightSection(Section):
+    """Let the rows of a term count by their losses, by how they stand among others."""
+
+    strategy: Literal["uniform", "linupper", "upper", "quadratic", "extremes"] = "linupper"
+    """Which rows count more: `linupper` all but easy ones, `upper` the hardest; see docs."""
+    max_weight_ratio: float = Field(default=10.0, ge=1)
+    """How many times one row may count another; 1 lets all count alike."""
+    scope: Literal["micro", "step", "stream", "cached"] = "micro"
+    """Among which rows: one pass of all processes, the step, the steps so far, the last epoch."""
+    warmup: float = Field(default=0.05, ge=0, le=1)
+    """Share of all steps in which every row counts alike."""
+    anneal: float = Field(default=0.05, ge=0, le=1)
+    """Share of all steps after that over which the ratio grows to its full size."""
+    trim: float = Field(default=0.0, ge=0, lt=0.5)
+    """Share of the rows at either end that does not set the range: against single bad rows."""
 
 
 def purpose_mistake(recipe: "Recipe") -> tuple[str, str] | None:

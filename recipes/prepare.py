@@ -28,6 +28,7 @@ from unlearn.errors import UserError
 from unlearn.evals.forget_retain import Split
 from unlearn.kinds import require_plain
 from unlearn.objectives import find
+from unlearn.posttrain.reweighting import Weighting
 from unlearn.recipes.benchmarks import Measures, find_measures
 from unlearn.recipes.inputs import check_update_file, update_of
 from unlearn.recipes.schema import Recipe
@@ -61,7 +62,14 @@ class Prepared:
     def terms(self) -> list[Term]:
         """The recipe's terms with their objectives looked up."""
         found = [
-            Term(find(term.objective), term.on, term.weight, term.hyper, term.rejected)
+            Term(
+                find(term.objective),
+                term.on,
+                term.weight,
+                term.hyper,
+                term.rejected,
+                Weighting(**term.reweight.model_dump()) if term.reweight else None,
+            )
             for term in self.recipe.terms
         ]
         return [
@@ -293,12 +301,37 @@ def _check_terms(prepared: Prepared) -> None:
             )
         if objective.most_tokens:
             _check_short(name, objective.most_tokens, prepared.streams[term.on])
+        if term.weighting:
+            _check_weighting(prepared, term, term.weighting)
         if objective.couples_rows({**objective.hyper, **term.hyper}) and split > 1:
             raise UserError(
                 f"'{name}' weighs a whole batch at once, but a step has {split} forward passes",
                 "set training.gradient_accumulation_steps=1 and one process, or another "
                 "granularity",
             )
+
+
+def _check_weighting(prepared: Prepared, term: Term, how: Weighting) -> None:
+    """Refuse weights of rows where an objective has none, or where a row stands alone."""
+    objective, recipe = term.objective, prepared.recipe
+    if objective.unit not in ("token", "sequence") or objective.reads == "hidden":
+        raise UserError(
+            f"reweight given for '{objective.name}', which has no loss of single rows",
+            "leave it out, or use an objective such as nll",
+        )
+    if objective.compares:
+        raise UserError(
+            f"reweight given for '{objective.name}', whose loss is of two answers at once",
+            "leave it out, or use a term on each side, as in redi",
+        )
+    at_once = recipe.training.per_device_train_batch_size * recipe.launch.processes
+    beside = {"micro": at_once, "step": prepared.rows_per_step}.get(how.scope)
+    if beside == 1:
+        raise UserError(
+            f"reweight given with scope '{how.scope}', in which one row stands alone: its weight "
+            "would always be 1",
+            "raise training.per_device_train_batch_size, or use the scope step, stream or cached",
+        )
 
 
 def _check_short(name: str, most: int, stream: Stream) -> None:

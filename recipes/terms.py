@@ -16,6 +16,7 @@ from pydantic import (
 
 from unlearn.data.answers import BELONGS
 from unlearn.data.pairs import POST_TRAINING, SIDES
+from unlearn.recipes.posttraining import ReweightSection
 from unlearn.recipes.section import Section
 
 Stream = Literal[
@@ -38,6 +39,8 @@ class Term(Section):
     """For an objective on pairs: the answers that are to become less likely."""
     weight: float = Field(default=1.0, ge=0)
     """Factor in the total loss; gamma (forget) and alpha (retain) in the literature."""
+    reweight: ReweightSection | None = None
+    """Let rows count by their losses; null lets them all count alike."""
 
     @property
     def hyper(self) -> dict[str, Any]:
@@ -67,7 +70,8 @@ class Term(Section):
     @model_serializer(mode="wrap")
     def _without_absent(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
         written: dict[str, Any] = write(self)
-        return {key: value for key, value in written.items() if (key, value) != ("rejected", None)}
+        absent = {key for key in ("rejected", "reweight") if written.get(key) is None}
+        return {key: value for key, value in written.items() if key not in absent}
 
 
 def rows_of(stream: str) -> str:

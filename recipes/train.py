@@ -1,6 +1,6 @@
 """From a prepared recipe and a loaded model to a trained one: reference, arguments, trainer."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import fields, replace
 from functools import partial
@@ -63,6 +63,8 @@ def train(
 
         trainer.add_callback(monitors.EverySteps(every, measure))
     last = _found_checkpoint(folder.checkpoints, trainer.identity, emit)
+    for message in cautions(prepared):
+        emit({"event": "warning", "message": message})
     stage = "post-train" if prepared.recipe.posttrains else "train"
     emit({"event": "stage", "stage": stage, "resumed_from": last and last.name})
     _train_from(trainer, last, prepared.steps)
@@ -72,6 +74,31 @@ def train(
         raise Interrupted(f"stopped after step {trainer.state.global_step}, which is saved")
     summary = {"steps": trainer.state.global_step, "peak_memory_bytes": peak_memory(ranks)}
     return outcome.trained(prepared, trainer.model), summary
+
+
+FEW = 8
+"""Rows below which weights say little: the lowest and the highest loss always stand at the ends."""
+
+
+def cautions(prepared: Prepared) -> Iterator[str]:
+    """Say what is allowed and seldom wanted: few rows to weigh, answers that are cut off."""
+    recipe = prepared.recipe
+    at_once = recipe.training.per_device_train_batch_size * recipe.launch.processes
+    for term in prepared.terms:
+        beside = {"micro": at_once, "step": prepared.rows_per_step}
+        if term.weighting and (rows := beside.get(term.weighting.scope, FEW)) < FEW:
+            yield (
+                f"terms on {term.on}: {rows} rows are weighted against each other, where "
+                f"{FEW} or more are needed for weights that mean something (scope: step or stream)"
+            )
+    if not recipe.posttrains:
+        return
+    for name, stream in prepared.trained.items():
+        if cut := sum(example.cut > 0 for example in stream.examples):
+            yield (
+                f"{cut} of {len(stream.examples)} rows of '{name}' are cut at data.max_length "
+                f"{recipe.data.max_length}: their answers never end"
+            )
 
 
 def whole_model(prepared: Prepared, model: Any) -> Any:

@@ -50,10 +50,14 @@ def pad(
 
 @dataclass(frozen=True)
 class Item:
-    """One row of one stream; ``index`` is its place in the stream, for reference look-ups."""
+    """One row of one stream; ``index`` is its place in the stream, for reference look-ups.
+
+    Its loss counts ``weight`` times.
+    """
 
     example: Example
     index: int
+    weight: float = 1.0
 
 
 NOTHING = Example(input_ids=[0], labels=[IGNORE], prompt_length=1, row=EMPTY, important=(False,))
@@ -153,6 +157,8 @@ class Collator:
         batch = pad([item.example for item in items], self.pad_id)
         batch["index"] = torch.tensor([item.index for item in items])
         batch["attention_mask"][batch["index"] == EMPTY] = 0
+        if any(item.weight != 1.0 for item in items):
+            batch["weight"] = torch.tensor([item.weight for item in items])
         marks = [item.example.important for item in items]
         if any(mark is not None for mark in marks):
             batch["important"] = torch.zeros_like(batch["labels"], dtype=torch.bool)
