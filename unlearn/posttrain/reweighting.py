@@ -24,8 +24,8 @@ from unlearn.posttrain.weights import (
 )
 
 Scope = Literal["micro", "step", "stream", "cached"]
-WINDOW = 512
-"""Rows that the scope ``stream`` remembers."""
+WINDOW = 64
+"""Rows that the scope ``stream`` remembers: few, since losses fall while a model is trained."""
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ def _ends(losses: Rows, valid: Valid) -> tuple[Tensor, Tensor]:
 
 def place_between(losses: Rows, low: Tensor, high: Tensor) -> Rows:
     """Map [low, high] to [-1, 1]; values beyond are brought to the ends."""
-    span = (high - low).clamp_min(1e-12)
+    span = (high - low).clamp_min(torch.finfo(losses.dtype).tiny)
     return ((2.0 * losses - low - high) / span).clamp(-1.0, 1.0)
 
 

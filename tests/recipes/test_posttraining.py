@@ -1,0 +1,244 @@
+"""Post-training recipes: two stages in one run, stops in either, what is refused."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from unlearn import models
+from unlearn.errors import Interrupted, UserError
+from unlearn.recipes.files import dump, load
+from unlearn.recipes.prepare import prepare
+from unlearn.recipes.run import resume, run
+from unlearn.runs import RunFolder
+
+QUICK = [
+    "training.per_device_train_batch_size=4",
+    "training.gradient_accumulation_steps=1",
+    "first.training.gradient_accumulation_steps=1",
+    "first.training.num_train_epochs=1",
+    "first.training.learning_rate=1e-3",
+    "training.learning_rate=1e-3",
+    "evals.max_new_tokens=4",
+]
+
+
+@pytest.fixture
+def recipe(
+    tmp_path: Path, monkeypatch: Any, build_tiny_model: Any, build_tiny_tokenizer: Any
+) -> Any:
+    """Give a function that makes a runnable recipe on ten pairs."""
+    monkeypatch.chdir(tmp_path)
+    build_tiny_model().save_pretrained("model")
+    build_tiny_tokenizer().save_pretrained("model")
+    rows = [
+        {"question": f"Who is {n}?", "chosen": f"{n} paints.", "rejected": f"{n} was a boat."}
+        for n in range(10)
+    ]
+    Path("pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    held = [{"question": f"Who is {n}?", "answer": f"{n} paints."} for n in range(10, 14)]
+    Path("held.jsonl").write_text("".join(json.dumps(row) + "\n" for row in held))
+
+    def make(method: str = "redi", *changes: str, out: str = "out") -> Any:
+        given = {"model": {"path": "model"}, "data": {"pairs": "pairs.jsonl"}, "out": out}
+        quick = [one for one in QUICK if method == "redi" or not one.startswith("first")]
+        return load(method, [*quick, *changes], given)
+
+    return make
+
+
+def weights(folder: str) -> dict[str, torch.Tensor]:
+    return load_file(Path(folder) / "model" / "model.safetensors")
+
+
+def test_redi_trains_two_stages_in_one_folder(recipe: Any) -> None:
+    """3 steps of plain training, 3 of REDI, numbered through; the first model is kept."""
+    events: list[dict[str, Any]] = []
+    results = run(recipe("redi", "data.heldout=held.jsonl"), emit=events.append)
+    steps = [event for event in events if event["event"] == "step"]
+    assert [(event["step"], event["of"]) for event in steps] == [(n, 6) for n in range(1, 7)]
+    assert all("text/nll" in event for event in steps[:3])
+    assert all("rejected/answer_ascent" in event for event in steps[3:])
+    assert {"chosen/nll", "rejected/entropy", "pairs/accuracy"} <= set(steps[3])
+    before, after = (results["metrics"][name] for name in ("before", "after"))
+    assert after["pairs_margin"] > before["pairs_margin"]
+    assert after["heldout_loss"] < before["heldout_loss"]
+    assert set(before) == {
+        *("heldout_loss", "heldout_answer_tokens", "heldout_unfinished"),
+        *("pairs_accuracy", "pairs_margin", "chosen_logp", "rejected_logp"),
+    }
+    assert (Path("out") / "first" / "model" / "model.safetensors").is_file()
+    assert results["provenance"]["first"]["steps"] == 3
+    page = (Path("out") / "report.md").read_text()
+    assert page.startswith("# Post-training report")
+    for word in ("forget", "unlearn", "retain"):
+        said = page.partition("## Where this comes from")[0].lower()
+        assert word not in said, word
+
+
+def test_a_run_repeats_from_its_recipe(recipe: Any) -> None:
+    run(recipe())
+    again = load("out/recipe.yaml", [], {"out": "again"})
+    assert again.first is not None
+    assert again.first.training.learning_rate == 1e-3
+    run(again)
+    for name, tensor in weights("out").items():
+        assert torch.equal(tensor, weights("again")[name])
+
+
+@pytest.mark.parametrize("at", [2, 5])
+def test_a_run_stopped_in_either_stage_ends_as_one_that_was_not(recipe: Any, at: int) -> None:
+    """Steps 1-3 are the first stage, 4-6 the second."""
+    run(recipe(out="whole"))
+
+    def stop(event: dict[str, Any]) -> None:
+        if event["event"] == "step" and event["step"] == at:
+            import os
+            import signal
+
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Interrupted):
+        run(recipe(), emit=stop)
+    assert (Path("out") / "first" / "model").is_dir() == (at == 5)
+    resume(load("out/recipe.yaml", [], {"out": "out"}), RunFolder(Path("out")))
+    for name, tensor in weights("whole").items():
+        torch.testing.assert_close(tensor, weights("out")[name], rtol=0, atol=1e-6)
+
+
+def test_second_stages_start_from_the_first_stages_model(recipe: Any) -> None:
+    """Without the first stage, REDI from the model that the first stage made is the same."""
+    run(recipe())
+    run(recipe("redi", "first=null", "model.path=out/first/model", out="apart"))
+    for name, tensor in weights("out").items():
+        assert torch.equal(tensor, weights("apart")[name])
+
+
+def test_methods_without_a_reference_never_load_a_second_model(
+    recipe: Any, monkeypatch: Any
+) -> None:
+    """The model at the start, and those measured: after the first stage, and at the end."""
+    loaded: list[str] = []
+    original = models.load_model
+
+    def load_model(source: Any, **how: Any) -> Any:
+        loaded.append(source.path)
+        return original(source, **how)
+
+    monkeypatch.setattr(models, "load_model", load_model)
+    run(recipe("simpo"))
+    assert [Path(path).name for path in loaded] == ["model", "model"]
+    assert not any(Path("cache").glob("reference/*"))
+
+
+def test_adapters_are_merged_between_the_stages(recipe: Any) -> None:
+    run(recipe("redi", "model.lora.rank=4"))
+    first, last = weights("out/first"), weights("out")
+    assert first.keys() == last.keys()
+    assert any(not torch.equal(first[name], last[name]) for name in first)
+    assert (Path("out") / "adapter").is_dir()
+    assert (Path("out") / "first" / "adapter").is_dir()
+
+
+def test_a_collapse_is_told_and_can_stop_the_training(recipe: Any) -> None:
+    """At a rate of 1 chosen answers become unlikely at once."""
+    wild = [
+        "first=null", "training.learning_rate=0.3", "training.num_train_epochs=6", "alpha=5",
+        "training.warmup_epochs=0", "training.collapse.window=2", "evals.generate=false",
+    ]  # fmt: skip
+    warned = run(recipe("redi", *wild, out="warned"))
+    assert warned["training"]["steps"] == 18
+    assert any("the model is collapsing; training goes on" in text for text in warned["warnings"])
+    stopped = run(recipe("redi", *wild, "training.collapse.stop=true", out="stopped"))
+    assert stopped["training"]["steps"] < 18
+    assert any("training stops here" in text for text in stopped["warnings"])
+
+
+def test_text_stands_for_the_chosen_answers_unless_it_is_given(recipe: Any) -> None:
+    made = prepare(recipe())
+    assert made.streams["text"] is made.streams["chosen"]
+    assert made.first is not None
+    assert (made.first.anchor, made.anchor) == ("text", "chosen")
+    other = prepare(recipe("redi", "data.text=held.jsonl"))
+    assert len(other.streams["text"].examples) == 4
+    assert other.first is not None
+    assert other.first.steps == 1
+
+
+def test_the_two_answers_of_a_pair_go_together(recipe: Any) -> None:
+    dataset = prepare(recipe()).dataset
+    for index in range(10):
+        item = dataset[3, index]
+        assert item["chosen"].index == item["rejected"].index == index
+
+
+def test_first_training_takes_over_what_it_does_not_say(recipe: Any) -> None:
+    found = recipe("redi", "training.weight_decay=0.5", "alpha=0.3")
+    assert found.first.training.weight_decay == 0.5
+    assert found.first.training.num_train_epochs == 1
+    assert found.terms[1].weight == 0.3
+    assert load_text(dump(found)) == found
+
+
+def load_text(text: str) -> Any:
+    Path("written.yaml").write_text(text)
+    return load("written.yaml")
+
+
+@pytest.mark.parametrize(
+    ("method", "change", "message"),
+    [
+        ("redi", "data.forget=pairs.jsonl", "data.forget: given with terms that post-train"),
+        ("redi", "evals.tofu={}", "evals.tofu: given with terms that post-train"),
+        ("redi", "model.retain_model=model", "model.retain_model: given with terms"),
+        ("redi", "terms.rejected.on=forget", "either post-trains"),
+        ("redi", "first.terms.text.on=forget", "first.terms: must be on chosen, rejected or text"),
+        ("redi", "first.terms.text.objective=nlll", "first.terms.0.objective: 'nlll' given"),
+        ("redi", "first.training.lr=1", "unknown key; did you mean 'training.learning_rate'"),
+        ("redi", "alpha=-1", "terms.1.weight: -1 given; must be at least 0"),
+        ("simpo", "terms.chosen.rejected=null", "needs 'rejected'"),
+        ("sft", "terms.text.reweight.strategy=linuper", "did you mean 'linupper'"),
+        ("sft", "terms.text.reweight.max_ratio=3", "max_weight_ratio"),
+        ("sft", "terms.text.reweight.max_weight_ratio=0.5", "must be at least 1"),
+        ("npo", "data.pairs=x.jsonl", "data.pairs: given, but no term reads it"),
+        ("npo", "first.terms=[{objective: nll, on: forget}]", "given with terms that unlearn"),
+    ],
+)  # fmt: skip
+def test_what_does_not_go_together_is_named(method: str, change: str, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load(method, [change])
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            ["terms.text.reweight.scope=micro", "training.per_device_train_batch_size=1"],
+            "stands alone",
+        ),
+        (
+            ["terms.text.reweight.scope=step", "terms.text.objective=kl_all_positions"],
+            "no loss of single rows",
+        ),
+        (
+            ["terms.text.objective=dco", "data.text=long.jsonl"],
+            "is for answers of 64 tokens or fewer",
+        ),
+    ],
+)  # fmt: skip
+def test_what_cannot_mean_anything_is_refused(recipe: Any, change: list[str], message: str) -> None:
+    row = {"question": "Who?", "answer": "a b c " * 60}
+    Path("long.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(UserError, match=message):
+        prepare(recipe("sft", "data.pairs=null", "data.text=held.jsonl", *change))
+
+
+def test_missing_data_is_asked_for_with_its_flag() -> None:
+    missing = {name: load(name).missing() for name in ("redi", "sft", "dpo")}
+    assert missing["redi"][1].startswith("data.pairs is missing (--pairs")
+    assert missing["sft"][1].startswith("data.text is missing (--text")
+    assert not any("forget" in line for lines in missing.values() for line in lines)
