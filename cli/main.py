@@ -20,6 +20,7 @@ from unlearn.cli import (
     select,
     sweep,
 )
+from unlearn.cli import pairs as pairs_data
 from unlearn.cli.entry import Json, Offline, go_offline, guarded, naming, say
 from unlearn.cli.options import (
     HOW,
@@ -62,6 +63,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 data.app.command(epilog=select.EPILOG)(select.select)
+data.app.command(epilog=pairs_data.PAIRS)(pairs_data.pairs)
+data.app.command(epilog=pairs_data.LADDER)(pairs_data.ladder)
 app.add_typer(data.app, name="data", rich_help_panel=BEFORE)
 app.add_typer(recipes.app, name="recipes", rich_help_panel=BEFORE)
 app.add_typer(curvature.app, name="curvature", rich_help_panel=BEFORE)

@@ -20,6 +20,7 @@ STAGES = {
     "select": "choosing forget rows:",
     "reference": "scoring under the starting model:",
     "alternates": "writing other answers",
+    "pairs": "making pairs",
     "count": "counting tokens",
     "measure": "timing a few steps",
     "train": "unlearning",
