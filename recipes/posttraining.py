@@ -41,6 +41,23 @@ class ReweightSection(Section):
     """Share of the rows at either end that does not set the range: against single bad rows."""
 
 
+class PruneSection(Section):
+    """Leave rows out of epochs by their last loss; the number of steps is known beforehand."""
+
+    method: Literal["infobatch", "seta"] = "infobatch"
+    """Fewer easy rows, which then count more; or a window of rows that moves from easy to hard."""
+    keep: float = Field(default=0.5, gt=0, le=1)
+    """Share kept: of the easy rows (infobatch), of all rows (seta)."""
+    easy: float = Field(default=0.5, gt=0, le=1)
+    """infobatch: share of the rows that count as easy, those with the lowest losses."""
+    groups: int = Field(default=10, ge=2)
+    """seta: groups of rows, by loss."""
+    window: float = Field(default=0.5, gt=0, le=1)
+    """seta: share of the groups that an epoch has."""
+    anneal_from: float = Field(default=0.875, ge=0, le=1)
+    """Share of the epochs after which no row is left out by its loss."""
+
+
 def purpose_mistake(recipe: "Recipe") -> tuple[str, str] | None:
     """Name a key that does not go with what the recipe is for, and say why; None: all do."""
     if recipe.posttrains:
@@ -52,6 +69,8 @@ def purpose_mistake(recipe: "Recipe") -> tuple[str, str] | None:
             return key, "given, but no term reads it: only terms on chosen, rejected or text do"
     if recipe.first:
         return "first", "given with terms that unlearn; only post-training has a first stage"
+    if recipe.training.prune:
+        return "training.prune", "given with terms that unlearn, which need every row"
     return None
 
 
@@ -79,6 +98,20 @@ def _posttraining_mistake(recipe: "Recipe") -> tuple[str, str] | None:
         return "first.terms", "must be on chosen, rejected or text, as the terms are"
     if recipe.first and evals.select_best:
         return "evals.select_best", "given with first, whose steps it cannot choose among"
+    return _prune_mistake(recipe) or (_prune_mistake(recipe.first_recipe) if recipe.first else None)
+
+
+def _prune_mistake(recipe: "Recipe | None") -> tuple[str, str] | None:
+    if recipe is None or recipe.training.prune is None:
+        return None
+    training = recipe.training
+    if training.max_steps > 0 or training.num_train_epochs != int(training.num_train_epochs):
+        return "training.prune", "needs whole epochs: leave max_steps out, and give no part of one"
+    if any(term.reweight and term.reweight.scope == "cached" for term in recipe.terms):
+        return (
+            "training.prune",
+            "given with reweight.scope cached, which needs every row: use stream",
+        )
     return None
 
 

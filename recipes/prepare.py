@@ -28,6 +28,7 @@ from unlearn.errors import UserError
 from unlearn.evals.forget_retain import Split
 from unlearn.kinds import require_plain
 from unlearn.objectives import find
+from unlearn.posttrain.pruning import Pruner, Pruning
 from unlearn.posttrain.reweighting import Weighting
 from unlearn.recipes.benchmarks import Measures, find_measures
 from unlearn.recipes.inputs import check_update_file, update_of
@@ -142,6 +143,15 @@ class Prepared:
         return -(-rows // self.rows_per_step)
 
     @property
+    def pruner(self) -> Pruner | None:
+        """What leaves rows out of epochs, new; None when nothing does."""
+        training, size = self.recipe.training, len(self.streams[self.anchor].examples)
+        if training.prune is None:
+            return None
+        how = Pruning(**training.prune.model_dump())
+        return Pruner(how, size, int(training.num_train_epochs), self.recipe.seed)
+
+    @property
     def steps(self) -> int:
         """Optimiser steps of the recipe's own training; those of an edit that trains nothing."""
         training, edit = self.recipe.training, self.recipe.edit
@@ -149,6 +159,8 @@ class Prepared:
             return int(EDITS[edit.name].filled(edit.hyper).get("steps", 1))
         if training.max_steps > 0:
             return training.max_steps
+        if self.pruner:
+            return -(-self.pruner.visits // self.rows_per_step)
         return math.ceil(self.steps_per_epoch * training.num_train_epochs)
 
 

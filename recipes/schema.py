@@ -22,7 +22,7 @@ from unlearn.recipes.choice import ChoiceSection
 from unlearn.recipes.measuring import EvalsSection
 from unlearn.recipes.missing import missing_keys
 from unlearn.recipes.passthrough import KNOWN_OPTIMIZERS, check_optimizer, passthrough_mistakes
-from unlearn.recipes.posttraining import CollapseSection, purpose_mistake
+from unlearn.recipes.posttraining import CollapseSection, PruneSection, purpose_mistake
 from unlearn.recipes.section import Section as _Section
 from unlearn.recipes.sections import (
     AssistantSection,
@@ -160,6 +160,8 @@ class TrainingSection(_Section):
     """Weights that are trained: regular expressions found in their names; null trains all."""
     collapse: CollapseSection = CollapseSection()
     """When post-training counts as collapsed: right answers becoming unlikely."""
+    prune: PruneSection | None = None
+    """Post-training: leave rows out of epochs by their losses; `{}` takes the defaults."""
     reference: Literal["cached", "live"] = "cached"
     """The frozen start: its scores are computed once and stored, or asked anew at every step."""
 

@@ -73,6 +73,8 @@ def train(
         emit({"event": "interrupted", "step": trainer.state.global_step})
         raise Interrupted(f"stopped after step {trainer.state.global_step}, which is saved")
     summary = {"steps": trainer.state.global_step, "peak_memory_bytes": peak_memory(ranks)}
+    if pruner := trainer.pruner:
+        summary |= {"rows": pruner.visits, "rows_unpruned": pruner.size * pruner.epochs}
     return outcome.trained(prepared, trainer.model), summary
 
 
@@ -178,6 +180,7 @@ def make_trainer(
         keep_checkpoints=recipe.training.save_total_limit,
         identity=training_identity(prepared, weights_hash),
         best_step=lambda: best_step(folder.best),
+        pruner=prepared.pruner,
     )
     trainer.remove_callback(PrinterCallback)
     hidden = prepared.engine.startswith("zero")
@@ -276,6 +279,7 @@ def training_arguments(prepared: Prepared, folder: Path) -> TrainingArguments:
             "gradient_checkpointing",
             "global_batch_size",
             "collapse",
+            "prune",
             "gradient_accumulation_steps",
         }
     )
@@ -284,6 +288,8 @@ def training_arguments(prepared: Prepared, folder: Path) -> TrainingArguments:
     if section.gradient_checkpointing:
         passed |= _checkpointing()
     chosen = prepared.recipe.data.select is not None
+    if section.prune:  # all epochs are one pass over the sampler
+        passed["num_train_epochs"] = 1
     if chosen:  # as many steps as over the whole forget set, saved as often
         passed["max_steps"] = prepared.steps
     warmup = section.warmup_steps
@@ -293,7 +299,7 @@ def training_arguments(prepared: Prepared, folder: Path) -> TrainingArguments:
         output_dir=str(folder),
         warmup_steps=warmup,
         gradient_accumulation_steps=prepared.recipe.accumulation,
-        save_strategy="steps" if section.save_steps or chosen else "epoch",
+        save_strategy="steps" if section.save_steps or chosen or section.prune else "epoch",
         save_steps=section.save_steps or prepared.steps_per_epoch,
         seed=prepared.recipe.seed,
         data_seed=prepared.recipe.seed,

@@ -26,6 +26,7 @@ from unlearn.monitors import require_finite_gradients
 from unlearn.objectives import Objective, Said
 from unlearn.objectives.dual import Stateful, StepMeans
 from unlearn.posttrain.memory import Memory
+from unlearn.posttrain.pruning import PrunedSampler, Pruner
 from unlearn.posttrain.readings import pair_readings
 from unlearn.posttrain.reweigher import rows_of
 from unlearn.posttrain.reweighting import Rows, Weighting
@@ -108,6 +109,7 @@ class UnlearningTrainer(Trainer):
         keep_checkpoints: int | None = 2,
         identity: checkpoints.Identity | None = None,
         best_step: Callable[[], int | None] = lambda: None,
+        pruner: Pruner | None = None,
         **arguments: Any,
     ) -> None:
         super().__init__(**arguments)
@@ -118,6 +120,7 @@ class UnlearningTrainer(Trainer):
         self.keep_checkpoints = keep_checkpoints
         self.identity = identity
         self.best_step = best_step
+        self.pruner = pruner
         self.args._n_gpu = min(self.args.n_gpu, 1)  # one process, one device: never DataParallel
         self.readings: dict[str, Tensor] = {}
         self.grad_norm = 0.0
@@ -139,14 +142,16 @@ class UnlearningTrainer(Trainer):
             gather=self.accelerator.gather,
             size=self.args.per_device_train_batch_size,
         )
-        if any(self._stateful()) or self.weighing.active:
+        if any(self._stateful()) or self.weighing.active or pruner:
             self.add_callback(Memory(self))
 
     # Data order
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
+    def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler | PrunedSampler:
         processes = self.accelerator.num_processes  # alone, the last batch may be smaller
         rows = self.args.per_device_train_batch_size * processes if processes > 1 else 1
+        if self.pruner:
+            return PrunedSampler(self.pruner, multiple=rows)
         size = len(train_dataset or self.train_dataset)
         return EpochSampler(size, seed=self.args.seed, multiple=rows)
 
@@ -251,6 +256,9 @@ class UnlearningTrainer(Trainer):
                 part = losses.sum() / counts[term.label].clamp_min(1)
                 self._read(term.label, part)
                 parts.append(term.weight * part)
+        if self.pruner:
+            anchor = self.train_dataset.anchor
+            self.pruner.see(policy[anchor, None], inputs[anchor])
         labels = {term.label for term in self.terms}  # a term may be that very mean
         said = {
             stream: scores for (stream, _), scores in policy.items() if isinstance(scores, Scores)

@@ -62,7 +62,9 @@ METHODS: dict[str, tuple[Term, ...]] = {
 ON_RANKS = ("redi", "dpo", "micro", "step", "stream", "cached")
 
 
-def make_trainer(model: Any, folder: Path, terms: Sequence[Term], **changes: Any) -> Any:
+def make_trainer(
+    model: Any, folder: Path, terms: Sequence[Term], pruner: Any = None, **changes: Any
+) -> Any:
     """Build a trainer on the streams that the terms read."""
     read = {stream for one in terms for stream in one.streams}
     asked = {s for one in terms if one.objective.uses_reference for s in one.streams}
@@ -84,6 +86,7 @@ def make_trainer(model: Any, folder: Path, terms: Sequence[Term], **changes: Any
         ),
         terms=terms,
         scorer=scorer,
+        pruner=pruner,
     )
 
 

@@ -5,7 +5,7 @@ does not depend on worker count, rank or whether the run was interrupted.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -67,6 +67,8 @@ NOTHING = Example(input_ids=[0], labels=[IGNORE], prompt_length=1, row=EMPTY, im
 class StreamDataset(Dataset):
     """Every forget row with the rows of the other streams that meet it, by (epoch, index).
 
+    A third part of a key is how many times their losses count.
+
     The length is that of the ``anchor`` stream: the forget set, or else the first stream. Rows of
     other streams are drawn, except that ``others`` follow the rows whose questions they answer, and
     that the two sides of a pair go together. Items hold all streams, or those named in ``only``.
@@ -90,12 +92,15 @@ class StreamDataset(Dataset):
     def __len__(self) -> int:
         return len(self.streams[self.anchor])
 
-    def __getitem__(self, key: tuple[int, int]) -> dict[str, Item]:
-        epoch, index = key
+    def __getitem__(self, key: tuple[int, int] | tuple[int, int, float]) -> dict[str, Item]:
+        epoch, index, *weight = key
         names = [name for name in (*self.streams, *self.others) if name in self.only]
         if index == EMPTY:
             return {name: Item(NOTHING, EMPTY) for name in names}
-        return {name: self._item(name, epoch, index) for name in names}
+        items = {name: self._item(name, epoch, index) for name in names}
+        if not weight:
+            return items
+        return {name: replace(item, weight=weight[0]) for name, item in items.items()}
 
     def row(self, stream: str, epoch: int, index: int) -> int:
         """Give the row of a stream that takes part when the anchor's row is ``index``."""

@@ -30,7 +30,8 @@ class How:
 
     ``keep`` and ``drop`` name columns and the value a row must, or must not, have (upper and lower
     case alike). ``negative``: an answer is wrong when it is not right, or only when every verdict
-    says no. ``per_problem``: pairs made of a problem, and right answers trained on first; None takes all.
+    says no. ``per_problem``: pairs made of a problem, and right answers trained on first; None
+    takes all.
     ``unterminated`` keeps answers that begin to think and never stop: as wrong answers they teach
     never to. Lengths are in tokens of ``count``.
     """

@@ -24,10 +24,16 @@ class Memory(TrainerCallback, ExportableState):
             if isinstance(loss, Stateful):
                 loss.load_state_dict(stored)
         self.trainer.weighing.load(kept["weights"])
+        if self.trainer.pruner and kept["rows"]:
+            self.trainer.pruner.load_state_dict(kept["rows"])
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.tell_losses()
         self.trainer.weighing.after_step()
+        if pruner := self.trainer.pruner:
+            pruner.after_step(
+                self.trainer.accelerator.gather, self.trainer.args.per_device_train_batch_size
+            )
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.weighing.after_epoch()
@@ -37,4 +43,5 @@ class Memory(TrainerCallback, ExportableState):
         losses = self.trainer.losses
         states = [loss.state_dict() if isinstance(loss, Stateful) else None for loss in losses]
         weights = self.trainer.weighing.state()
-        return {"args": {}, "attributes": {"states": states, "weights": weights}}
+        rows = self.trainer.pruner.state_dict() if self.trainer.pruner else None
+        return {"args": {}, "attributes": {"states": states, "weights": weights, "rows": rows}}

@@ -28,6 +28,14 @@ def rows_of(scores: Scores, batch: Batch, unit: str) -> Rows:
     return Rows(losses, units.to(losses.dtype), batch["index"])
 
 
+def gathered(rows: Rows, gather: Gather, size: int) -> Rows:
+    """Give the rows of a forward pass of all ranks; empty ones fill up what has fewer than size."""
+    more, pad = size - len(rows.losses), torch.nn.functional.pad
+    numbers = gather(pad(torch.stack([rows.losses, rows.units], 1), (0, 0, 0, more)))
+    index = gather(pad(rows.index.to(numbers.device), (0, more), value=-1))
+    return Rows(numbers[:, 0], numbers[:, 1], index)
+
+
 class Reweigher:
     """Gives a factor for every row of a term's stream, whose mean over units is 1.
 
@@ -58,7 +66,7 @@ class Reweigher:
 
     def plan(self, micros: Sequence[Rows]) -> None:
         """Weight all rows of a step against each other, before any of them is trained on."""
-        whole = [self._gathered(rows) for rows in micros]
+        whole = [gathered(rows, self.gather, self.size) for rows in micros]
         found = self.how.factors(Rows.joined(whole), self.ratio)
         for rows, part in zip(micros, found.split([len(r.losses) for r in whole]), strict=True):
             self._planned.append(self._mine(part, rows))
@@ -73,12 +81,14 @@ class Reweigher:
             return self._planned.pop(0)
         if self.kept is not None:
             return self.kept.factors(rows, self.ratio)
-        return self._mine(self.how.factors(self._gathered(rows), self.ratio), rows)
+        return self._mine(
+            self.how.factors(gathered(rows, self.gather, self.size), self.ratio), rows
+        )
 
     def after_step(self) -> None:
         """Take in the rows of the step, of all ranks."""
         if self.kept is not None and self._seen:
-            rows = Rows.joined([self._gathered(rows) for rows in self._seen])
+            rows = Rows.joined([gathered(rows, self.gather, self.size) for rows in self._seen])
             self.kept.after_step(rows, self.ratio)
 
     def after_epoch(self) -> None:
@@ -101,14 +111,6 @@ class Reweigher:
         """Go on from stored averages or losses."""
         assert self.kept is not None
         self.kept.load_state_dict(state)
-
-    def _gathered(self, rows: Rows) -> Rows:
-        """Give the rows of this forward pass of all ranks; empty rows fill up smaller batches."""
-        more = self.size - len(rows.losses)
-        pad = torch.nn.functional.pad
-        numbers = self.gather(pad(torch.stack([rows.losses, rows.units], 1), (0, 0, 0, more)))
-        index = self.gather(pad(rows.index.to(numbers.device), (0, more), value=-1))
-        return Rows(numbers[:, 0], numbers[:, 1], index)
 
     def _mine(self, found: Tensor, rows: Rows) -> Tensor:
         begin = self.rank * self.size
