@@ -43,7 +43,9 @@ def plan_run(prepared: Prepared) -> dict[str, Any]:
     sized = Sized.of(prepared)
     size = sized.size
     how = training_of(prepared)
-    found = estimate(prepared, sized)
+    stages = [stage for stage in (prepared.first, prepared) if stage]
+    largest = max(stages, key=lambda stage: estimate(stage, sized).training)
+    found = estimate(largest, sized)
     needed, files = _files(prepared, size, how)
     existing = _existing(Path(str(recipe.out)).absolute())
     return {
@@ -53,12 +55,14 @@ def plan_run(prepared: Prepared) -> dict[str, Any]:
         "device": found.device,
         "dtype": str(models.resolve_dtype(recipe.model.dtype)).removeprefix("torch."),
         "edit": None if recipe.trains or recipe.edit is None else recipe.edit.name,
+        "anchor": prepared.anchor,
+        "first_steps": prepared.first.steps if prepared.first else 0,
         "steps": _steps(prepared),
         "selection": choice_plan(prepared),
         "tokens": _tokens(prepared),
         "parameters": {"total": size.parameters, "trainable": size.trainable},
         **_memory(found),
-        "fit": fit(prepared, sized),
+        "fit": fit(largest, sized),
         "communication": _communication(size, how),
         "files": files,
         "disk": {"needed_bytes": needed, "free_bytes": shutil.disk_usage(existing).free},

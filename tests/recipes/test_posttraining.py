@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from unlearn import models
 from unlearn.errors import Interrupted, UserError
 from unlearn.recipes.files import dump, load
+from unlearn.recipes.plan import plan_run
 from unlearn.recipes.prepare import prepare
 from unlearn.recipes.run import resume, run
 from unlearn.runs import RunFolder
@@ -242,3 +243,26 @@ def test_missing_data_is_asked_for_with_its_flag() -> None:
     assert missing["redi"][1].startswith("data.pairs is missing (--pairs")
     assert missing["sft"][1].startswith("data.text is missing (--text")
     assert not any("forget" in line for lines in missing.values() for line in lines)
+
+
+def test_a_plan_counts_both_stages(recipe: Any) -> None:
+    """Ten pairs, 4 at once: 3 steps of each stage; two rows of a pair go through together."""
+    planned = plan_run(prepare(recipe()))
+    assert (planned["first_steps"], planned["steps"]["total"]) == (3, 3)
+    assert planned["anchor"] == "chosen"
+    part = next(one for one in planned["memory"] if one["part"] == "activations")
+    assert part["why"].startswith("8 rows, ")
+
+
+def test_reweighting_and_pruning_run_and_tell_what_they_did(recipe: Any) -> None:
+    """Ten rows, four epochs, half of the easy half left out of three: 10 + 3 * 7 rows."""
+    changes = [
+        "terms.text.reweight={scope: step, warmup: 0.0}", "training.num_train_epochs=4",
+        "training.prune={method: infobatch}", "evals.generate=false",
+    ]  # fmt: skip
+    results = run(recipe("sft", *changes))
+    assert results["training"]["rows"] == 31
+    assert results["training"]["rows_unpruned"] == 40
+    assert results["training"]["steps"] == 8
+    assert any("4 rows are weighted against each other" in text for text in results["warnings"])
+    assert "text/weight_ess" in results["training"]["curve"][-1]
