@@ -168,7 +168,7 @@ def _print_list(found: dict[str, Any]) -> None:
             table.add_column(Text(name, style="bold not dim"), no_wrap=True)
             table.add_column(columns[0], style="red")
             table.add_column(columns[1], style="cyan")
-            table.add_column("source", style="dim")
+            table.add_column("source", style="dim", no_wrap=columns[1] == "then")
             for row in part:
                 table.add_row(*map(Text, (row["name"], *_losses(row), row["source"])))
             console.print(table)
