@@ -1,6 +1,9 @@
 """Post-training recipes: two stages in one run, stops in either, what is refused."""
 
 import json
+import os
+import signal
+from contextlib import chdir
 from pathlib import Path
 from typing import Any
 
@@ -27,38 +30,55 @@ QUICK = [
 ]
 
 
-@pytest.fixture
-def recipe(
-    tmp_path: Path, monkeypatch: Any, build_tiny_model: Any, build_tiny_tokenizer: Any
-) -> Any:
-    """Give a function that makes a runnable recipe on ten pairs."""
-    monkeypatch.chdir(tmp_path)
-    build_tiny_model().save_pretrained("model")
-    build_tiny_tokenizer().save_pretrained("model")
-    rows = [
+def prepare_folder(folder: Path) -> None:
+    """Write a tiny model, ten pairs and four other rows."""
+    from tests.conftest import build_model, build_tokenizer
+
+    build_model().save_pretrained(folder / "model")
+    build_tokenizer().save_pretrained(folder / "model")
+    pairs = [
         {"question": f"Who is {n}?", "chosen": f"{n} paints.", "rejected": f"{n} was a boat."}
         for n in range(10)
     ]
-    Path("pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     held = [{"question": f"Who is {n}?", "answer": f"{n} paints."} for n in range(10, 14)]
-    Path("held.jsonl").write_text("".join(json.dumps(row) + "\n" for row in held))
+    for name, rows in (("pairs", pairs), ("held", held)):
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / f"{name}.jsonl").write_text(lines)
 
-    def make(method: str = "redi", *changes: str, out: str = "out") -> Any:
-        given = {"model": {"path": "model"}, "data": {"pairs": "pairs.jsonl"}, "out": out}
-        quick = [one for one in QUICK if method == "redi" or not one.startswith("first")]
-        return load(method, [*quick, *changes], given)
 
+def make(method: str = "redi", *changes: str, out: str = "out") -> Any:
+    """Give a runnable recipe on what is in this folder."""
+    given = {"model": {"path": "model"}, "data": {"pairs": "pairs.jsonl"}, "out": out}
+    quick = [one for one in QUICK if method == "redi" or not one.startswith("first")]
+    return load(method, [*quick, *changes], given)
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, monkeypatch: Any) -> Any:
+    """Give a function that makes a runnable recipe on ten pairs, in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+    prepare_folder(tmp_path)
     return make
 
 
-def weights(folder: str) -> dict[str, torch.Tensor]:
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: Any) -> tuple[Path, dict[str, Any], list[dict[str, Any]]]:
+    """Give the folder, the results and the events of one run of REDI."""
+    folder: Path = tmp_path_factory.mktemp("redi")
+    prepare_folder(folder)
+    events: list[dict[str, Any]] = []
+    with chdir(folder):
+        results = run(make("redi", "data.heldout=held.jsonl"), emit=events.append)
+    return folder / "out", results, events
+
+
+def weights(folder: Path | str) -> dict[str, torch.Tensor]:
     return load_file(Path(folder) / "model" / "model.safetensors")
 
 
-def test_redi_trains_two_stages_in_one_folder(recipe: Any) -> None:
+def test_redi_trains_two_stages_in_one_folder(done: Any) -> None:
     """3 steps of plain training, 3 of REDI, numbered through; the first model is kept."""
-    events: list[dict[str, Any]] = []
-    results = run(recipe("redi", "data.heldout=held.jsonl"), emit=events.append)
+    folder, results, events = done
     steps = [event for event in events if event["event"] == "step"]
     assert [(event["step"], event["of"]) for event in steps] == [(n, 6) for n in range(1, 7)]
     assert all("text/nll" in event for event in steps[:3])
@@ -71,51 +91,51 @@ def test_redi_trains_two_stages_in_one_folder(recipe: Any) -> None:
         *("heldout_loss", "heldout_answer_tokens", "heldout_unfinished"),
         *("pairs_accuracy", "pairs_margin", "chosen_logp", "rejected_logp"),
     }
-    assert (Path("out") / "first" / "model" / "model.safetensors").is_file()
+    assert (folder / "first" / "model" / "model.safetensors").is_file()
     assert results["provenance"]["first"]["steps"] == 3
-    page = (Path("out") / "report.md").read_text()
+    page = (folder / "report.md").read_text()
     assert page.startswith("# Post-training report")
     for word in ("forget", "unlearn", "retain"):
         said = page.partition("## Where this comes from")[0].lower()
         assert word not in said, word
 
 
-def test_a_run_repeats_from_its_recipe(recipe: Any) -> None:
-    run(recipe())
-    again = load("out/recipe.yaml", [], {"out": "again"})
+def test_a_run_repeats_from_its_recipe(done: Any, tmp_path: Path) -> None:
+    """It says all that is needed, from anywhere, for both stages."""
+    again = load(
+        done[0] / "recipe.yaml", ["evals.generate=false"], {"out": str(tmp_path / "again")}
+    )
     assert again.first is not None
     assert again.first.training.learning_rate == 1e-3
     run(again)
-    for name, tensor in weights("out").items():
-        assert torch.equal(tensor, weights("again")[name])
+    for name, tensor in weights(done[0]).items():
+        assert torch.equal(tensor, weights(tmp_path / "again")[name])
 
 
 @pytest.mark.parametrize("at", [2, 5])
-def test_a_run_stopped_in_either_stage_ends_as_one_that_was_not(recipe: Any, at: int) -> None:
+def test_a_run_stopped_in_either_stage_ends_as_one_that_was_not(
+    recipe: Any, done: Any, at: int
+) -> None:
     """Steps 1-3 are the first stage, 4-6 the second."""
-    run(recipe(out="whole"))
 
     def stop(event: dict[str, Any]) -> None:
         if event["event"] == "step" and event["step"] == at:
-            import os
-            import signal
-
             os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.raises(Interrupted):
-        run(recipe(), emit=stop)
+        run(recipe("redi", "evals.generate=false"), emit=stop)
     assert (Path("out") / "first" / "model").is_dir() == (at == 5)
     resume(load("out/recipe.yaml", [], {"out": "out"}), RunFolder(Path("out")))
-    for name, tensor in weights("whole").items():
+    for name, tensor in weights(done[0]).items():
         torch.testing.assert_close(tensor, weights("out")[name], rtol=0, atol=1e-6)
 
 
-def test_second_stages_start_from_the_first_stages_model(recipe: Any) -> None:
+def test_second_stages_start_from_the_first_stages_model(recipe: Any, done: Any) -> None:
     """Without the first stage, REDI from the model that the first stage made is the same."""
-    run(recipe())
-    run(recipe("redi", "first=null", "model.path=out/first/model", out="apart"))
-    for name, tensor in weights("out").items():
-        assert torch.equal(tensor, weights("apart")[name])
+    start = [f"model.path={done[0] / 'first' / 'model'}", "first=null", "evals.generate=false"]
+    run(recipe("redi", *start))
+    for name, tensor in weights(done[0]).items():
+        assert torch.equal(tensor, weights("out")[name])
 
 
 def test_methods_without_a_reference_never_load_a_second_model(
@@ -130,13 +150,13 @@ def test_methods_without_a_reference_never_load_a_second_model(
         return original(source, **how)
 
     monkeypatch.setattr(models, "load_model", load_model)
-    run(recipe("simpo"))
+    run(recipe("simpo", "evals.generate=false"))
     assert [Path(path).name for path in loaded] == ["model", "model"]
     assert not any(Path("cache").glob("reference/*"))
 
 
 def test_adapters_are_merged_between_the_stages(recipe: Any) -> None:
-    run(recipe("redi", "model.lora.rank=4"))
+    run(recipe("redi", "model.lora.rank=4", "evals.generate=false"))
     first, last = weights("out/first"), weights("out")
     assert first.keys() == last.keys()
     assert any(not torch.equal(first[name], last[name]) for name in first)
@@ -150,9 +170,6 @@ def test_a_collapse_is_told_and_can_stop_the_training(recipe: Any) -> None:
         "first=null", "training.learning_rate=0.3", "training.num_train_epochs=6", "alpha=5",
         "training.warmup_epochs=0", "training.collapse.window=2", "evals.generate=false",
     ]  # fmt: skip
-    warned = run(recipe("redi", *wild, out="warned"))
-    assert warned["training"]["steps"] == 18
-    assert any("the model is collapsing; training goes on" in text for text in warned["warnings"])
     stopped = run(recipe("redi", *wild, "training.collapse.stop=true", out="stopped"))
     assert stopped["training"]["steps"] < 18
     assert any("training stops here" in text for text in stopped["warnings"])
