@@ -96,6 +96,8 @@ def _posttraining_mistake(recipe: "Recipe") -> tuple[str, str] | None:
             return key, "given with terms that post-train, which forget nothing: leave it out"
     if recipe.first and not _trains_rows(recipe):
         return "first.terms", "must be on chosen, rejected or text, as the terms are"
+    if recipe.first and recipe.model.quantize:
+        return "model.quantize", "given with first, whose adapters are merged into whole weights"
     if recipe.first and evals.select_best:
         return "evals.select_best", "given with first, whose steps it cannot choose among"
     return _prune_mistake(recipe) or (_prune_mistake(recipe.first_recipe) if recipe.first else None)

@@ -212,6 +212,7 @@ def load_text(text: str) -> Any:
         ("redi", "data.forget=pairs.jsonl", "data.forget: given with terms that post-train"),
         ("redi", "evals.tofu={}", "evals.tofu: given with terms that post-train"),
         ("redi", "model.retain_model=model", "model.retain_model: given with terms"),
+        ("redi", "model={lora: {}, quantize: nf4}", "model.quantize: given with first"),
         ("redi", "terms.rejected.on=forget", "either post-trains"),
         ("redi", "first.terms.text.on=forget", "first.terms: must be on chosen, rejected or text"),
         ("redi", "first.terms.text.objective=nlll", "first.terms.0.objective: 'nlll' given"),
