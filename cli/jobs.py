@@ -173,7 +173,7 @@ def run_words(
 ) -> list[str]:
     """Give the arguments of `unlearn run` as they were typed, without nodes and processes."""
     words = [method, "--recipe", preset] if preset else [method]
-    for name in ("model", "forget", "retain", "out", "engine"):
+    for name in ("model", "forget", "retain", "pairs", "text", "out", "engine"):
         if given[name] is not None:
             words += [f"--{name}", str(given[name])]
     for name, values in (("map", map_), ("set", set_)):

@@ -20,8 +20,22 @@ from unlearn.cli import (
     select,
     sweep,
 )
+from unlearn.cli import pairs as pairs_data
 from unlearn.cli.entry import Json, Offline, go_offline, guarded, naming, say
-from unlearn.cli.options import HOW, Forget, Lora, Map, Method, Model, Out, Preset, Retain, Set
+from unlearn.cli.options import (
+    HOW,
+    Forget,
+    Lora,
+    Map,
+    Method,
+    Model,
+    Out,
+    Pairs,
+    Preset,
+    Retain,
+    Set,
+    Text,
+)
 from unlearn.cli.progress import Emit, listening
 from unlearn.cli.ranks import (
     Engine,
@@ -49,6 +63,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 data.app.command(epilog=select.EPILOG)(select.select)
+data.app.command(epilog=pairs_data.PAIRS)(pairs_data.pairs)
+data.app.command(epilog=pairs_data.LADDER)(pairs_data.ladder)
 app.add_typer(data.app, name="data", rich_help_panel=BEFORE)
 app.add_typer(recipes.app, name="recipes", rich_help_panel=BEFORE)
 app.add_typer(curvature.app, name="curvature", rich_help_panel=BEFORE)
@@ -85,6 +101,8 @@ def run(
     model: Model = None,
     forget: Forget = None,
     retain: Retain = None,
+    pairs: Pairs = None,
+    text: Text = None,
     out: Out = None,
     map_: Map = None,
     recipe: Preset = None,
@@ -100,8 +118,10 @@ def run(
     offline: Offline = False,
     json: Json = False,
 ) -> None:
-    """Unlearn: train a model to lose the forget set and keep the retain set."""
-    changes = changes_of(map_, model=model, forget=forget, retain=retain, out=out)
+    """Unlearn: train a model to lose the forget set and keep the retain set. Or post-train it."""
+    changes = changes_of(
+        map_, model=model, forget=forget, retain=retain, pairs=pairs, text=text, out=out
+    )
     changes |= launch_changes(nproc, engine, nnodes, rdzv)
     if part := choice_changes(forget_select, forget_fraction, forget_indices):
         changes.setdefault("data", {})["select"] = part
@@ -175,6 +195,8 @@ def launch(
     model: Model = None,
     forget: Forget = None,
     retain: Retain = None,
+    pairs: Pairs = None,
+    text: Text = None,
     out: Out = None,
     map_: Map = None,
     recipe: Preset = None,
@@ -212,7 +234,9 @@ def launch(
              "accelerators": accelerators, "image": image, "volume": volume,
              "setup": setup}  # fmt: skip
     wanted = jobs.wanted(kinds, asked, print_=print_, save=save, submit=submit, rdzv=rdzv)
-    changes = changes_of(map_, model=model, forget=forget, retain=retain, out=out)
+    changes = changes_of(
+        map_, model=model, forget=forget, retain=retain, pairs=pairs, text=text, out=out
+    )
     changes |= launch_changes(nproc, engine, nnodes, rdzv)
     go_offline(offline)
     with listening() as emit:
@@ -221,8 +245,8 @@ def launch(
         resolved = resolve(method, recipe, changes, set_ or [], lora, here=here)
         jobs.check(resolved, wanted, set_ or [], offline=offline)
     words = jobs.run_words(
-        method, preset=recipe, model=model, forget=forget, retain=retain, out=out, map_=map_,
-        lora=lora, engine=engine, set_=set_, offline=offline,
+        method, preset=recipe, model=model, forget=forget, retain=retain, pairs=pairs, text=text,
+        out=out, map_=map_, lora=lora, engine=engine, set_=set_, offline=offline,
     )  # fmt: skip
     jobs.give(wanted, resolved, words, json=json)
 
@@ -254,6 +278,8 @@ def plan(
     model: Model = None,
     forget: Forget = None,
     retain: Retain = None,
+    pairs: Pairs = None,
+    text: Text = None,
     out: Out = None,
     map_: Map = None,
     recipe: Preset = None,
@@ -289,8 +315,9 @@ def plan(
 ) -> None:
     """Say what a run would cost: steps, tokens, memory, files; exit code 2 when it cannot fit."""
     changes = changes_of(
-        map_, model=model, forget=forget, retain=retain, out=out or Path("runs/plan")
-    )
+        map_, model=model, forget=forget, retain=retain, pairs=pairs, text=text,
+        out=out or Path("runs/plan"),
+    )  # fmt: skip
     changes |= launch_changes(nproc, engine, nnodes, rdzv)
     if part := choice_changes(forget_select, forget_fraction, forget_indices):
         changes.setdefault("data", {})["select"] = part

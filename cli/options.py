@@ -32,6 +32,18 @@ Retain = Annotated[
     str | None,
     typer.Option(metavar="SOURCE", help="Rows to keep, in the same form.", rich_help_panel=GIVEN),
 ]
+Pairs = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SOURCE",
+        help="To post-train: rows with a chosen and a rejected answer.",
+        rich_help_panel=GIVEN,
+    ),
+]
+Text = Annotated[
+    str | None,
+    typer.Option(metavar="SOURCE", help="To post-train: rows to train on.", rich_help_panel=GIVEN),
+]
 Out = Annotated[
     Path | None,
     typer.Option(metavar="FOLDER", help="New folder for the run.", rich_help_panel=GIVEN),

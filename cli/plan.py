@@ -31,6 +31,10 @@ def show_plan(planned: dict[str, Any], *, json: bool) -> None:
     raise typer.Exit(MISTAKE)
 
 
+ROWS = {"forget": "forget rows", "chosen": "pairs", "rejected": "rows", "text": "rows"}
+"""What is counted when a step's rows are: those of the set that epochs are passes over."""
+
+
 def print_plan(plan: dict[str, Any]) -> None:
     """Print what a run would cost."""
     from rich.console import Console
@@ -60,6 +64,8 @@ def _steps(console: Any, plan: dict[str, Any]) -> None:
             highlight=False,
         )
         return
+    if first := plan["first_steps"]:
+        console.print(f"[bold]{first}[/bold] optimiser steps first, and then:", highlight=False)
     console.print(
         f"[bold]{steps['total']}[/bold] optimiser steps ({steps['per_epoch']} per epoch), about "
         f"[bold]{tokens['total']:,}[/bold] tokens ({tokens['per_step']:,} per step)",
@@ -69,8 +75,8 @@ def _steps(console: Any, plan: dict[str, Any]) -> None:
         console.print(selection_line(chosen), highlight=False)
     processes = f" x {steps['processes']} processes" if steps["processes"] > 1 else ""
     console.print(
-        f"{steps['effective_batch']} forget rows per step: {steps['per_device']} at once x "
-        f"{_times(steps['accumulation'])}{processes}",
+        f"{steps['effective_batch']} {ROWS[plan['anchor']]} per step: "
+        f"{steps['per_device']} at once x {_times(steps['accumulation'])}{processes}",
         highlight=False,
     )
     console.print(

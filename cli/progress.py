@@ -20,9 +20,11 @@ STAGES = {
     "select": "choosing forget rows:",
     "reference": "scoring under the starting model:",
     "alternates": "writing other answers",
+    "pairs": "making pairs",
     "count": "counting tokens",
     "measure": "timing a few steps",
     "train": "unlearning",
+    "post-train": "training",
     "edit": "changing the weights:",
     "curvature": "fitting the curvature",
     "spectra": "working out eigenvalues",
@@ -34,9 +36,18 @@ MEASURES = {
     "Q_A_Prob": "probability",
     "Q_A_ROUGE": "ROUGE-L recall",
     "extraction_strength": "extraction strength",
+    "loss": "loss per token",
+    "logp": "log-probability per token",
+    "accuracy": "told apart",
+    "margin": "margin per token",
+    "answer_tokens": "answer length",
+    "unfinished": "unfinished",
 }
 """Words for the metrics, whose names start with the split: ``forget_Q_A_Prob``."""
-COLOURS = {"forget": "red", "retain": "cyan"}
+COLOURS = {
+    **{"forget": "red", "retain": "cyan"},
+    **{"heldout": "magenta", "chosen": "green", "rejected": "red", "pairs": "cyan", "text": "blue"},
+}
 
 
 @contextmanager

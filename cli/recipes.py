@@ -20,7 +20,7 @@ Name = Annotated[str, typer.Argument(help="A method (npo), a preset (tofu-tiny/n
 def list_recipes(json: Json = False) -> None:
     """List the methods and the presets that ship."""
     from unlearn.recipes.files import find, method_names, preset_names, read
-    from unlearn.recipes.schema import rows_of
+    from unlearn.recipes.terms import rows_of
 
     rows = []
     for kind, names in (("method", method_names()), ("preset", preset_names())):
@@ -29,13 +29,12 @@ def list_recipes(json: Json = False) -> None:
             tree = read(path)
             terms = {
                 stream: [term for term in tree.get("terms", ()) if rows_of(term["on"]) == stream]
-                for stream in ("forget", "retain")
+                for stream in ("forget", "retain", "pairs", "text")
             }
             texts = {key: tree.get(key, "") for key in ("description", "source")}
-            edit = tree.get("edit", {}).get("name")
-            rows.append(
-                {"name": name, "kind": kind, **terms, "edit": edit, **texts, "path": str(path)}
-            )
+            edit, first = tree.get("edit", {}).get("name"), tree.get("first", {}).get("terms", [])
+            where = {"edit": edit, "first": first, **texts, "path": str(path)}
+            rows.append({"name": name, "kind": kind, **terms, **where})
     say({"recipes": rows}, json=json, people=_print_list)
 
 
@@ -154,24 +153,39 @@ def _print_list(found: dict[str, Any]) -> None:
     from rich.text import Text
 
     console = Console()
-    for kind in ("method", "preset"):
-        table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="dim")
-        table.add_column(Text(f"{kind}s", style="bold not dim"), no_wrap=True)
-        table.add_column("forget", style="red")
-        table.add_column("retain", style="cyan")
-        table.add_column("source", style="dim")
-        for row in (row for row in found["recipes"] if row["kind"] == kind):
-            cells = (
-                row["name"],
-                _loss(row["forget"], row["edit"]),
-                _loss(row["retain"]),
-                row["source"],
-            )
-            table.add_row(*map(Text, cells))
-        console.print(table)
-        console.print()
+    shown = {
+        "methods": [row for row in found["recipes"] if row["kind"] == "method"],
+        "presets": [row for row in found["recipes"] if row["kind"] == "preset"],
+    }
+    for title, rows in shown.items():
+        for name, part, columns in (
+            (title, [row for row in rows if not _posttrains(row)], ("forget", "retain")),
+            ("post-training", [r for r in rows if _posttrains(r)], ("first", "then")),
+        ):
+            if not part:
+                continue
+            table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="dim")
+            table.add_column(Text(name, style="bold not dim"), no_wrap=True)
+            table.add_column(columns[0], style="red")
+            table.add_column(columns[1], style="cyan")
+            table.add_column("source", style="dim", no_wrap=columns[1] == "then")
+            for row in part:
+                table.add_row(*map(Text, (row["name"], *_losses(row), row["source"])))
+            console.print(table)
+            console.print()
     hint = "`unlearn recipes show npo` prints one, `… copy npo FILE` makes it yours"
     console.print(hint, style="dim", highlight=False)
+
+
+def _posttrains(row: dict[str, Any]) -> bool:
+    return bool(row["pairs"] or row["text"])
+
+
+def _losses(row: dict[str, Any]) -> tuple[str, str]:
+    """Name the losses on both sets, or those of both stages."""
+    if _posttrains(row):
+        return _loss(row["first"]), _loss([*row["pairs"], *row["text"]])
+    return _loss(row["forget"], row["edit"]), _loss(row["retain"])
 
 
 def _print_yaml(shown: dict[str, Any]) -> None:

@@ -11,6 +11,8 @@ def changes_of(map_: list[str] | None, **given: Any) -> dict[str, Any]:
         "model": ("model", "path"),
         "forget": ("data", "forget"),
         "retain": ("data", "retain"),
+        "pairs": ("data", "pairs"),
+        "text": ("data", "text"),
     }
     changes: dict[str, Any] = {"data": {"columns": columns_of(map_)}} if map_ else {}
     for name, value in given.items():

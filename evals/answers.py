@@ -100,6 +100,20 @@ class Evaluator:
     ) -> list[str]:
         """Give the greedy answer to each prompt (token ids), as text, in input order.
 
+        Arguments and errors are those of :meth:`write_tokens`.
+        """
+        found = self.write_tokens(prompts, known=known, progress=progress)
+        return [text_of(self.tokenizer, tokens) for tokens in found]
+
+    def write_tokens(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        known: Sequence[Sequence[int]] | None = None,
+        progress: Progress = lambda done, total: None,
+    ) -> list[Sequence[int]]:
+        """Give the tokens of the greedy answer to each prompt, its end token included.
+
         ``known`` gives, per prompt, tokens already known to be the first that greedy decoding would
         choose (:func:`known_start`); not used with a model that chooses by other numbers than those
         it is scored by.
@@ -127,7 +141,7 @@ class Evaluator:
             done += sum(times[tuple(answer.prompt)] for answer in answers)
             progress(done, len(prompts))
         progress(len(prompts), len(prompts))
-        return [text_of(self.tokenizer, found[tuple(prompt)]) for prompt in prompts]
+        return [found[tuple(prompt)] for prompt in prompts]
 
     def _recall(self) -> Recall:
         ranks = Ranks.of(self.model)

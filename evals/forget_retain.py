@@ -83,7 +83,7 @@ class ForgetRetain:
             examples, progress=lambda done, total: progress(f"{named}: scoring", done, total)
         )
         records = [
-            {"split": name, "row": example.row, **_texts(split.rows[example.row])}
+            {"split": name, "row": example.row, **texts(split.rows[example.row])}
             for name, split in splits.items()
             for example in split.examples
         ]
@@ -179,7 +179,7 @@ def _metrics(split: str, records: Sequence[Record]) -> dict[str, Metric]:
     return {name: Metric.mean(column, direction) for name, column in columns.items() if column}
 
 
-def _texts(row: Mapping[str, Any]) -> dict[str, str | None]:
+def texts(row: Mapping[str, Any]) -> dict[str, str | None]:
     """Give the question and the true answer of a row, as the dataset has them."""
     kind = row_kind(row)
     if kind == "qa":

@@ -10,6 +10,7 @@ from unlearn.errors import UserError
 from unlearn.evals.benchmark import Benchmark, Progress, Result
 from unlearn.evals.detection.familiarity import Familiarity
 from unlearn.evals.forget_retain import ForgetRetain, Split
+from unlearn.evals.posttraining import PostTraining
 from unlearn.evals.retain_kl import RetainKl
 from unlearn.evals.statistics import RetainSide
 from unlearn.evals.tofu.benchmark import Tofu, TofuOptions
@@ -85,6 +86,8 @@ def find_measures(
         *_harness(evals.lm_eval, offline),
         *_familiarity(recipe, offline),
     )
+    if recipe.posttrains:
+        return Measures((_post_training(recipe, splits), *more))
     if evals.tofu is None:
         return Measures((_plain(recipe, splits), *more))
     tofu = Tofu.load(_tofu_options(recipe), offline=offline)
@@ -121,6 +124,19 @@ def _plain(recipe: Recipe, splits: Mapping[str, Split]) -> ForgetRetain:
     evals = recipe.evals
     return ForgetRetain(
         **splits,
+        max_rows=evals.max_rows,
+        generate=evals.generate,
+        max_new_tokens=evals.max_new_tokens,
+        batch_tokens=evals.batch_tokens,
+    )
+
+
+def _post_training(recipe: Recipe, splits: Mapping[str, Split]) -> PostTraining:
+    """Measure all that the recipe names; text that stands for chosen answers is measured once."""
+    evals = recipe.evals
+    own = {name: one for name, one in splits.items() if name != "text" or recipe.data.text}
+    return PostTraining(
+        own,
         max_rows=evals.max_rows,
         generate=evals.generate,
         max_new_tokens=evals.max_new_tokens,

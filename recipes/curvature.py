@@ -15,8 +15,9 @@ from unlearn.edits.factors import retain_curvature
 from unlearn.errors import UserError
 from unlearn.ranks import Ranks
 from unlearn.recipes import outcome
-from unlearn.recipes.prepare import Stream, open_tokenizer, read_stream
+from unlearn.recipes.prepare import open_tokenizer
 from unlearn.recipes.schema import Recipe
+from unlearn.recipes.streams import Stream, read_stream
 
 
 def fit(

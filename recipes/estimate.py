@@ -217,7 +217,7 @@ def _reference(prepared: Prepared) -> str:
 def largest_batch(prepared: Prepared, size: Footprint) -> Batch:
     """Give the longest rows that can meet in one forward pass, and what is read of them."""
     rows = prepared.recipe.training.per_device_train_batch_size
-    rows = min(rows, len(prepared.streams["forget"].examples))
+    rows = min(rows, len(prepared.streams[prepared.anchor].examples))
     chosen = {name: _longest(stream.examples, rows) for name, stream in prepared.trained.items()}
     reads = {read for term in prepared.terms for read in term.reads}
     hidden_only = {name for name, _ in reads} - {name for name, layer in reads if layer is None}

@@ -154,7 +154,9 @@ def _at(tree: Any, at: Location) -> Any:
 def dump(recipe: Recipe) -> str:
     """Write a recipe with all its values as YAML; it opens with the command that repeats it."""
     tree = recipe.model_dump(mode="json")
-    tree["terms"] = [Flow(term) for term in tree["terms"]]
+    for stage in (tree, tree["first"] or {}):
+        if "terms" in stage:
+            stage["terms"] = [Flow(term) for term in stage["terms"]]
     return f"# {command(recipe)}\n{to_text(tree)}"
 
 

@@ -4,7 +4,8 @@ from typing import Any
 
 from unlearn.objectives import find
 from unlearn.recipes.prepare import Prepared
-from unlearn.recipes.schema import Recipe, Term
+from unlearn.recipes.schema import Recipe
+from unlearn.recipes.terms import Term
 
 BOOKKEEPING = (
     "training.save_steps",

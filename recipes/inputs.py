@@ -11,19 +11,23 @@ from typing import Any
 from pydantic import ValidationError
 
 from unlearn.data.answers import BELONGS, alternates_of, check_answerable, read_refusals
+from unlearn.data.pairs import sides_of
 from unlearn.data.readers import kind_of
-from unlearn.data.rows import Row
-from unlearn.data.sources import Source, load_rows, load_variants
+from unlearn.data.rows import Row, rename_columns
+from unlearn.data.sources import Source, load_any_rows, load_rows, load_variants
 from unlearn.errors import UserError
 from unlearn.recipes.files import find, overlay, read
 from unlearn.recipes.measuring import EvalsSection
 from unlearn.recipes.overrides import overridden
-from unlearn.recipes.schema import DataSection, Recipe, Term
+from unlearn.recipes.schema import DataSection, Recipe
 from unlearn.recipes.sections import EditSection
+from unlearn.recipes.terms import Term
 from unlearn.runs import RunFolder
 
 EDIT_FILES = ("factors", "update", "dictionary", "selected")
 """Hyperparameters of edits that name a file, or a list of them."""
+SOURCES = ("forget", "retain", "unseen", "pairs", "text", "heldout")
+"""Keys under ``data`` that name rows."""
 LARGEST_EARLY = 2**26
 """Files above this many bytes are not read twice."""
 
@@ -65,6 +69,11 @@ def check_inputs(recipe: Recipe) -> None:
                 check_answerable(rows, stream, spec)
                 if stream == "alternate":
                     alternates_of(rows, spec)
+    if (pairs := recipe.data.pairs) and _is_small_file(pairs):
+        columns = recipe.data.columns
+        sides_of(rename_columns(load_any_rows(pairs), columns, pairs), pairs)
+    for spec in filter(None, (recipe.data.text, recipe.data.heldout)):
+        _check_source(spec, recipe.data.columns)
     _check_more(recipe.data)
 
 
@@ -152,7 +161,9 @@ def absolute(recipe: Recipe) -> Recipe:
             "model": model.model_copy(update={k: _absolute(v) for k, v in paths.items()}),
             "data": data.model_copy(update=_absolute_data(data)),
             "evals": _absolute_evals(recipe.evals),
-            "terms": tuple(_absolute_term(term) for term in recipe.terms),
+            "terms": _absolute_terms(recipe.terms),
+            "first": recipe.first
+            and recipe.first.model_copy(update={"terms": _absolute_terms(recipe.first.terms)}),
             "edit": recipe.edit and _absolute_edit(recipe.edit),
             "out": recipe.out and str(Path(recipe.out).absolute()),
         }
@@ -174,9 +185,7 @@ def _place(path: str) -> str:
 
 
 def _absolute_data(data: DataSection) -> dict[str, Any]:
-    changes: dict[str, Any] = {
-        name: _absolute_spec(getattr(data, name)) for name in ("forget", "retain", "unseen")
-    }
+    changes: dict[str, Any] = {name: _absolute_spec(getattr(data, name)) for name in SOURCES}
     changes["refusals"] = _absolute(data.refusals)
     for name in ("forget_extra", "retain_extra"):
         changes[name] = tuple(
@@ -187,6 +196,10 @@ def _absolute_data(data: DataSection) -> dict[str, Any]:
         place = {"manifest": _absolute(data.select.manifest)}
         changes["select"] = data.select.model_copy(update=place)
     return changes
+
+
+def _absolute_terms(terms: Iterable[Term]) -> tuple[Term, ...]:
+    return tuple(_absolute_term(term) for term in terms)
 
 
 def _absolute_term(term: Term) -> Term:

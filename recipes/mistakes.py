@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
@@ -10,8 +10,9 @@ from pydantic_core import ErrorDetails
 
 from unlearn.errors import UserError, did_you_mean
 from unlearn.recipes.passthrough import KINDS, passthrough_mistakes
-from unlearn.recipes.schema import Recipe, Term, TrainingSection
+from unlearn.recipes.schema import Recipe, TrainingSection
 from unlearn.recipes.sections import NOTHING, EditSection, ExtraSection
+from unlearn.recipes.terms import Term
 from unlearn.recipes.yaml_text import Location, Tree
 
 OTHER_NAMES = {
@@ -70,11 +71,14 @@ class RecipeError(UserError):
 
 
 def known_keys(model: type[BaseModel] = Recipe, prefix: str = "") -> list[str]:
-    """Give the dotted path of every key of the schema; terms are left out (they are a list)."""
+    """Give the dotted path of every key of the schema.
+
+    Terms are left out (they are a list), and what ``first`` repeats of the recipe's own keys.
+    """
     keys = []
     for name, field in model.model_fields.items():
         keys.append(prefix + name)
-        if section := section_type(field.annotation):
+        if name != "first" and (section := section_type(field.annotation)):
             keys += known_keys(section, f"{prefix}{name}.")
     return keys
 
@@ -198,14 +202,23 @@ def _section_at(at: Location) -> type[BaseModel] | None:
     """Give the schema of the section that holds the last key of a location."""
     section: type[BaseModel] | None = Recipe
     for part in at[:-1]:
-        if part == "terms":
-            return Term
-        if part in ("forget_extra", "retain_extra"):
-            return ExtraSection
+        if isinstance(part, int):  # an entry of a list
+            continue
+        if part in LISTED:
+            section = LISTED[part]
+            continue
         if section is None or part not in section.model_fields:
             return None
         section = section_type(section.model_fields[str(part)].annotation)
     return section
+
+
+LISTED: dict[str, type[BaseModel]] = {
+    "terms": Term,
+    "forget_extra": ExtraSection,
+    "retain_extra": ExtraSection,
+}
+"""Keys that hold a list of sections."""
 
 
 def _siblings(at: Location) -> list[str]:
@@ -227,8 +240,21 @@ def _literals(annotation: Any) -> list[str]:
     return found
 
 
+def _stages(tree: Tree) -> Iterator[tuple[Location, Tree]]:
+    """Give the recipe and what it trains first, each with the keys that lead there."""
+    yield (), tree
+    if isinstance(first := tree.get("first"), dict):
+        yield ("first",), first
+
+
 def _passthrough(tree: Tree) -> Iterator[Mistake]:
-    training, declared = tree.get("training"), TrainingSection.model_fields
+    for at, stage in _stages(tree):
+        for mistake in _passed_through(stage.get("training")):
+            yield replace(mistake, at=(*at, *mistake.at))
+
+
+def _passed_through(training: Any) -> Iterator[Mistake]:
+    declared = TrainingSection.model_fields
     if isinstance(training, Mapping):
         extras = {str(key): value for key, value in training.items() if key not in declared}
         for key, message in passthrough_mistakes(extras, declared).items():
@@ -238,8 +264,14 @@ def _passthrough(tree: Tree) -> Iterator[Mistake]:
 
 
 def _objectives(tree: Tree) -> Iterator[Mistake]:
-    """Check the terms against the objectives' signatures; that needs torch, so only terms do."""
-    terms = tree.get("terms")
+    """Check the terms of all stages against the objectives' signatures."""
+    for at, stage in _stages(tree):
+        for mistake in _of_terms(stage.get("terms")):
+            yield replace(mistake, at=(*at, *mistake.at))
+
+
+def _of_terms(terms: Any) -> Iterator[Mistake]:
+    """Check terms against the objectives' signatures; that needs torch, so only terms do."""
     if not isinstance(terms, list):
         return
     from unlearn.objectives import (  # noqa: PLC0415 - imports torch

@@ -3,8 +3,9 @@
 Keys are dotted (``training.learning_rate``). A term is named by its place or its stream
 (``terms.0.beta``, ``terms.retain.objective``; ``terms.forget`` also finds a term on other answers
 to the forget rows). As in open-unlearning, ``gamma`` is the weight of the forget term and ``alpha``
-that of the retain term; a bare hyperparameter such as ``beta`` means the one that is written in the
-recipe.
+that of the retain term, or, to post-train on pairs, of the term on rejected answers; a bare
+hyperparameter such as ``beta`` means the one that is written in the recipe. Terms of the first
+stage are named alike: ``first.terms.chosen.weight``.
 """
 
 import copy
@@ -13,12 +14,15 @@ from typing import Any, get_args
 
 from pydantic import BaseModel
 
+from unlearn.data.pairs import POST_TRAINING
 from unlearn.errors import UserError
 from unlearn.recipes.mistakes import Mistake, RecipeError, section_type, unknown_key
-from unlearn.recipes.schema import Recipe, Term, rows_of
+from unlearn.recipes.schema import Recipe
+from unlearn.recipes.terms import Term, rows_of
 from unlearn.recipes.yaml_text import Location, Tree, parse
 
 ALIASES = {"gamma": "terms.forget.weight", "alpha": "terms.retain.weight"}
+POST_TRAINING_ALIASES = {"alpha": "terms.rejected.weight"}
 FREE = ("columns", "template_args", "constraints")
 """Sections whose keys are the user's own."""
 
@@ -67,12 +71,16 @@ def locate(tree: Tree, key: str) -> Location:
     Raises:
         UserError: no such key, or more than one term could be meant.
     """
-    key = ALIASES.get(key, key)
+    key = (POST_TRAINING_ALIASES if _posttrains(tree) else ALIASES).get(key, key)
     if "." not in key and key not in Recipe.model_fields:
         return _hyperparameter(tree, key)
     parts = key.split(".")
     if parts[0] == "terms" and len(parts) > 1:
         return "terms", _term_index(tree, parts[1]), *parts[2:]
+    if parts[:2] == ["first", "terms"] and len(parts) > 2:
+        first = tree.get("first")
+        index = _term_index(first if isinstance(first, dict) else {}, parts[2])
+        return "first", "terms", index, *parts[3:]
     _check_known(parts)
     return tuple(parts)
 
@@ -89,6 +97,10 @@ def _hyperparameter(tree: Tree, key: str) -> Location:
         places = " or ".join(f"terms.{index}.{key}" for index in written)
         raise UserError(f"'{key}' is written in {len(written)} terms; say {places}")
     raise UserError(unknown_key((key,), Recipe.model_fields))
+
+
+def _posttrains(tree: Tree) -> bool:
+    return any(term.get("on") in POST_TRAINING for term in _terms(tree))
 
 
 def _terms(tree: Tree) -> list[dict[str, Any]]:
@@ -148,7 +160,7 @@ def _set(tree: Tree, at: Location, text: str) -> None:
             where = ".".join(map(str, at[: depth + 1]))
             raise UserError(f"'{where}' holds {holder!r}, which has no keys below it")
     last: Any = at[-1]
-    if at[0] == "terms" and last == "objective" and value != holder.get(last):
+    if _in_term(at) and last == "objective" and value != holder.get(last):
         for key in set(holder) - set(Term.model_fields):
             del holder[key]
     holder[last] = value
@@ -166,9 +178,15 @@ def _value(at: Location, text: str) -> Any:
     return text if _holds_text(at) and value is not None and not quoted else value
 
 
+def _in_term(at: Location) -> int:
+    """Give how many keys lead to a term, when a location is inside one; else 0."""
+    return 3 if at[:2] == ("first", "terms") else 2 if at[0] == "terms" else 0
+
+
 def _holds_text(at: Location) -> bool:
-    section: type[BaseModel] | None = Term if at[0] == "terms" else Recipe
-    for part in at[2:-1] if at[0] == "terms" else at[:-1]:
+    inside = _in_term(at)
+    section: type[BaseModel] | None = Term if inside else Recipe
+    for part in at[inside:-1]:
         if section is None or part not in section.model_fields:
             return False
         section = section_type(section.model_fields[str(part)].annotation)

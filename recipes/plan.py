@@ -44,7 +44,9 @@ def plan_run(prepared: Prepared) -> dict[str, Any]:
     sized = Sized.of(prepared)
     size = sized.size
     how = training_of(prepared)
-    found = estimate(prepared, sized)
+    stages = [stage for stage in (prepared.first, prepared) if stage]
+    largest = max(stages, key=lambda stage: estimate(stage, sized).training)
+    found = estimate(largest, sized)
     needed, files = _files(prepared, size, how)
     existing = _existing(Path(str(recipe.out)).absolute())
     return {
@@ -54,12 +56,14 @@ def plan_run(prepared: Prepared) -> dict[str, Any]:
         "device": found.device,
         "dtype": str(models.resolve_dtype(recipe.model.dtype)).removeprefix("torch."),
         "edit": None if recipe.trains or recipe.edit is None else recipe.edit.name,
+        "anchor": prepared.anchor,
+        "first_steps": prepared.first.steps if prepared.first else 0,
         "steps": _steps(prepared),
         "selection": choice_plan(prepared),
         "tokens": _tokens(prepared),
         "parameters": {"total": size.parameters, "trainable": size.trainable},
         **_memory(found),
-        "fit": fit(prepared, sized),
+        "fit": fit(largest, sized),
         "communication": _communication(size, how),
         "files": files,
         "disk": {"needed_bytes": needed, "free_bytes": shutil.disk_usage(existing).free},
@@ -184,7 +188,7 @@ def _tokens(prepared: Prepared) -> dict[str, int]:
         statistics.mean(len(example.input_ids) for example in stream.examples)
         for stream in prepared.trained.values()
     ]
-    rows: float = min(prepared.rows_per_step, len(prepared.streams["forget"].examples))
+    rows: float = min(prepared.rows_per_step, len(prepared.streams[prepared.anchor].examples))
     chosen = choice_plan(prepared)
     if chosen and "passes" in chosen:  # the last step of a pass takes what is left of the rows
         rows = chosen["rows"] * chosen["passes"] / prepared.steps

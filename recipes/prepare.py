@@ -1,7 +1,5 @@
 """Everything about a recipe that can be checked before weights are loaded."""
 
-import hashlib
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -9,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from unlearn import models
-from unlearn.data import Example, Template, encode, load_rows, load_variants, pad_token_id
+from unlearn.data import Template, encode, pad_token_id
 from unlearn.data.answers import (
     BELONGS,
     SHIPPED,
@@ -21,6 +19,7 @@ from unlearn.data.answers import (
     read_refusals,
 )
 from unlearn.data.collate import StreamDataset
+from unlearn.data.pairs import POST_TRAINING
 from unlearn.edits import EDITS
 from unlearn.edits.update import check_fits, update_shapes
 from unlearn.edits.weightless import weightless
@@ -29,37 +28,15 @@ from unlearn.errors import UserError
 from unlearn.evals.forget_retain import Split
 from unlearn.kinds import load_config, require_plain
 from unlearn.objectives import find
+from unlearn.posttrain.pruning import Pruner, Pruning
+from unlearn.posttrain.reweighting import Weighting
 from unlearn.recipes.benchmarks import Measures, find_measures
 from unlearn.recipes.inputs import check_update_file, dictionaries_of, update_of
 from unlearn.recipes.schema import Recipe
-from unlearn.recipes.sections import ExtraSection
+from unlearn.recipes.streams import Stream, post_training_streams, read_stream
+from unlearn.recipes.terms import read_by
 from unlearn.sae.candidates import entry_of, placed
 from unlearn.training import Term
-
-
-@dataclass(frozen=True)
-class Stream:
-    """A set of rows as given, which are measured, and as tokenised, which is trained on.
-
-    ``draws`` tells which other answer is drawn when. ``extra`` counts the examples at the end that
-    were made of other rows; they are not measured.
-    """
-
-    source: str
-    rows: list[dict[str, Any]]
-    examples: list[Example]
-    draws: Draws | None = None
-    extra: int = 0
-
-    def sha256(self) -> str:
-        """Hash the tokenised rows: what the model is actually trained on."""
-        tokens = json.dumps([one.hashed() for one in self.examples])
-        return hashlib.sha256(tokens.encode()).hexdigest()
-
-    def provenance(self) -> dict[str, Any]:
-        """Say where the rows came from, how many there are and their hash."""
-        found = {"source": self.source, "rows": len(self.rows), "sha256": self.sha256()}
-        return found | ({"extra": self.extra} if self.extra else {})
 
 
 @dataclass(frozen=True)
@@ -87,7 +64,14 @@ class Prepared:
     def terms(self) -> list[Term]:
         """The recipe's terms with their objectives looked up."""
         found = [
-            Term(find(term.objective), term.on, term.weight, term.hyper, term.rejected)
+            Term(
+                find(term.objective),
+                term.on,
+                term.weight,
+                term.hyper,
+                term.rejected,
+                Weighting(**term.reweight.model_dump()) if term.reweight else None,
+            )
             for term in self.recipe.terms
         ]
         return [
@@ -97,7 +81,7 @@ class Prepared:
 
     @property
     def given(self) -> dict[str, Stream]:
-        """The rows that the recipe names: forget and retain set."""
+        """The rows that the recipe names: forget and retain set, or pairs and text."""
         return {name: stream for name, stream in self.streams.items() if stream.draws is None}
 
     @property
@@ -109,8 +93,21 @@ class Prepared:
         """
         if not self.recipe.trains:  # an edit reads what is given
             return self.given
-        read = {"retain", *self.recipe.read_streams()}
+        read = {"retain", *read_by(self.recipe.terms)}
         return {name: stream for name, stream in self.streams.items() if name in read}
+
+    @property
+    def anchor(self) -> str:
+        """The stream that epochs are passes over: the forget set, else pairs, else text."""
+        if not self.recipe.posttrains:
+            return "forget"
+        return next(name for name in POST_TRAINING if name in self.trained)
+
+    @property
+    def first(self) -> "Prepared | None":
+        """What is trained first, prepared alike; None when nothing is."""
+        recipe = self.recipe.first_recipe
+        return replace(self, recipe=recipe) if recipe else None
 
     @property
     def dataset(self) -> StreamDataset:
@@ -124,6 +121,7 @@ class Prepared:
                 if stream.draws
             },
             only=self.trained,
+            anchor=self.anchor,
         )
 
     @property
@@ -132,27 +130,38 @@ class Prepared:
 
     @property
     def rows_per_step(self) -> int:
-        """Forget rows per optimiser step, over all processes."""
+        """Rows of the anchor stream per optimiser step, over all processes."""
         training, launch = self.recipe.training, self.recipe.launch
         return training.per_device_train_batch_size * self.recipe.accumulation * launch.processes
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimiser steps per epoch: a pass over the whole forget set.
+        """Optimiser steps per epoch: a pass over the whole forget set (or pairs, or text).
 
         A part of it that is trained on instead is passed over more often, in as many steps.
         """
-        rows = self.whole_forget or len(self.streams["forget"].examples)
+        rows = self.whole_forget or len(self.streams[self.anchor].examples)
         return -(-rows // self.rows_per_step)
 
     @property
+    def pruner(self) -> Pruner | None:
+        """What leaves rows out of epochs, new; None when nothing does."""
+        training, size = self.recipe.training, len(self.streams[self.anchor].examples)
+        if training.prune is None:
+            return None
+        how = Pruning(**training.prune.model_dump())
+        return Pruner(how, size, int(training.num_train_epochs), self.recipe.seed)
+
+    @property
     def steps(self) -> int:
-        """Optimiser steps of the whole run; those of an edit that trains nothing."""
+        """Optimiser steps of the recipe's own training; those of an edit that trains nothing."""
         training, edit = self.recipe.training, self.recipe.edit
         if edit and not self.recipe.trains:
             return int(EDITS[edit.name].filled(edit.hyper).get("steps", 1))
         if training.max_steps > 0:
             return training.max_steps
+        if self.pruner:
+            return -(-self.pruner.visits // self.rows_per_step)
         return math.ceil(self.steps_per_epoch * training.num_train_epochs)
 
 
@@ -169,23 +178,26 @@ def prepare(recipe: Recipe, *, offline: bool = False) -> Prepared:
     _check_dictionaries(recipe, source)
     if recipe.model.retain_model:
         models.check_source(sibling(source, recipe.model.retain_model))
-    streams, splits = {}, {}
+    streams = {}
     for name in ("forget", "retain", "unseen"):
         stream = read_stream(recipe, name, tokenizer, template, offline=offline)
-        if stream is None:
-            continue
-        streams[name] = stream
-        if name != "unseen":
-            given = stream.examples[: len(stream.examples) - stream.extra]
-            splits[name] = Split(stream.rows, given, template)
+        if stream is not None:
+            streams[name] = stream
+    streams |= post_training_streams(recipe, tokenizer, template, offline=offline)
+    splits = {
+        name: Split(stream.rows, stream.examples[: len(stream.examples) - stream.extra], template)
+        for name, stream in streams.items()
+        if name != "unseen"
+    }
     measures = find_measures(
         recipe, splits, template, offline=offline, load_start=lambda: models.load_model(source)
     )
     prepared = Prepared(recipe, source, tokenizer, template, streams, measures)
     prepared = replace(prepared, streams=streams | _other_answers(prepared))
     _check_vocabularies(prepared)
-    _check_terms(prepared)
-    _check_enough_rows(prepared)
+    for stage in filter(None, (prepared.first, prepared)):
+        _check_terms(stage)
+        _check_enough_rows(stage)
     return prepared
 
 
@@ -203,27 +215,14 @@ def open_tokenizer(
     return source, tokenizer, template
 
 
-def read_stream(
-    recipe: Recipe, name: str, tokenizer: Any, template: Template, *, offline: bool = False
-) -> Stream | None:
-    """Read and tokenise a set of rows, with what is added to it; None: not named."""
-    data, spec = recipe.data, getattr(recipe.data, name)
-    if spec is None:
-        return None
-    how = {"tokenizer": tokenizer, "template": template, "max_length": data.max_length}
-    rows = load_rows(spec, columns=data.columns, offline=offline)
-    examples = encode(rows, source=spec, **how)
-    parts = getattr(data, f"{name}_extra", ())
-    more = [one for part in parts for one in _extra(part, offline=offline, **how)]
-    return Stream(spec, rows, examples + more, extra=len(more))
-
-
 def _check_enough_rows(prepared: Prepared) -> None:
     """Refuse more processes than there are rows: some would never have one."""
-    processes, rows = prepared.recipe.launch.processes, len(prepared.streams["forget"].examples)
+    name = prepared.anchor
+    processes, rows = prepared.recipe.launch.processes, len(prepared.streams[name].examples)
     if processes > rows:
+        what = "the forget set" if name == "forget" else f"'{prepared.streams[name].source}'"
         raise UserError(
-            f"{processes} processes given, but the forget set has {rows} row{'s' * (rows > 1)}",
+            f"{processes} processes given, but {what} has {rows} row{'s' * (rows > 1)}",
             f"start {rows} or fewer (--nproc, --nnodes)",
         )
 
@@ -296,14 +295,6 @@ def _drawn(prepared: Prepared, name: str) -> Stream:
     return Stream(source, rows, examples, replace(draws, places=places))
 
 
-def _extra(section: ExtraSection, *, offline: bool, **how: Any) -> list[Example]:
-    """Read and tokenise rows that are only trained on."""
-    rows = load_variants(
-        section.source, columns=section.columns, take=section.take, offline=offline
-    )
-    return encode(rows, source=section.source, **how)
-
-
 def sibling(source: models.ModelSource, path: str) -> models.ModelSource:
     """Give another model, loaded in the same way: only then are the numbers comparable."""
     return replace(source, path=path, revision=None)
@@ -332,12 +323,50 @@ def _check_terms(prepared: Prepared) -> None:
                 f"'{prepared.streams[term.on].source}' have no column 'important'",
                 "add it: a list of passages of the answer, word by word; or --map important=COLUMN",
             )
+        if objective.most_tokens:
+            _check_short(name, objective.most_tokens, prepared.streams[term.on])
+        if term.weighting:
+            _check_weighting(prepared, term, term.weighting)
         if objective.couples_rows({**objective.hyper, **term.hyper}) and split > 1:
             raise UserError(
                 f"'{name}' weighs a whole batch at once, but a step has {split} forward passes",
                 "set training.gradient_accumulation_steps=1 and one process, or another "
                 "granularity",
             )
+
+
+def _check_weighting(prepared: Prepared, term: Term, how: Weighting) -> None:
+    """Refuse weights of rows where an objective has none, or where a row stands alone."""
+    objective, recipe = term.objective, prepared.recipe
+    if objective.unit not in ("token", "sequence") or objective.reads == "hidden":
+        raise UserError(
+            f"reweight given for '{objective.name}', which has no loss of single rows",
+            "leave it out, or use an objective such as nll",
+        )
+    if objective.compares:
+        raise UserError(
+            f"reweight given for '{objective.name}', whose loss is of two answers at once",
+            "leave it out, or use a term on each side, as in redi",
+        )
+    at_once = recipe.training.per_device_train_batch_size * recipe.launch.processes
+    beside = {"micro": at_once, "step": prepared.rows_per_step}.get(how.scope)
+    if beside == 1:
+        raise UserError(
+            f"reweight given with scope '{how.scope}', in which one row stands alone: its weight "
+            "would always be 1",
+            "raise training.per_device_train_batch_size, or use the scope step, stream or cached",
+        )
+
+
+def _check_short(name: str, most: int, stream: Stream) -> None:
+    """Refuse answers so long that an objective would say nothing about them."""
+    labelled = sum(label != -100 for row in stream.examples for label in row.labels[1:])
+    if labelled > most * len(stream.examples):
+        raise UserError(
+            f"'{name}' is for answers of {most} tokens or fewer, but those of '{stream.source}' "
+            f"have {labelled / len(stream.examples):.0f} on average, where it is plain training",
+            "give shorter answers, or use nll",
+        )
 
 
 def model_source(recipe: Recipe, *, offline: bool = False) -> models.ModelSource:

@@ -33,6 +33,7 @@ from unlearn.recipes.results import put_together, stored_results
 from unlearn.recipes.schema import Recipe
 from unlearn.recipes.selection import Selection, check_rule
 from unlearn.recipes.selectors import check_choice, select
+from unlearn.recipes.stages import after_first, train_first
 from unlearn.recipes.subset import Selected, trained_on, trained_part
 from unlearn.recipes.train import measure_start, train, whole_model
 from unlearn.runs import RunFolder, command_line, staged, versions, write_atomic, write_json
@@ -149,7 +150,8 @@ def _manifest(prepared: Prepared) -> dict[str, Any]:
 
 def _own_losses(prepared: Prepared) -> dict[str, Any]:
     """Name the files that losses come from, with their hashes; nothing when there are none."""
-    terms = zip(prepared.recipe.terms, prepared.terms, strict=True)
+    stages = [stage for stage in (prepared.first, prepared) if stage]
+    terms = [pair for s in stages for pair in zip(s.recipe.terms, s.terms, strict=True)]
     found = {one.objective: term.objective.sha256 for one, term in terms if term.objective.sha256}
     return {"losses": found} if found else {}
 
@@ -237,15 +239,36 @@ class _Run:
             return outcome.edited(
                 self.prepared, model, self.emit, weights_hash=start, folder=self.folder
             )
+        start, before = self.manifest["model_sha256"], 0
+        emit: Emit = self.emit
+        if self.prepared.recipe.first:
+            model, before = self._train_first(model, stop)
+            start, emit = models.weights_hash(model), after_first(emit, before)
         return train(
+            self.prepared,
+            model,
+            self.folder,
+            weights_hash=start,
+            stop=stop,
+            emit=emit,
+            on_step=lambda model, step: self._measure_step(model, before + step),
+        )
+
+    def _train_first(self, model: Any, stop: monitors.StopRequest) -> tuple[Any, int]:
+        """Train what comes first, or find it done; give its model and how many steps it took."""
+        model, summary = train_first(
             self.prepared,
             model,
             self.folder,
             weights_hash=self.manifest["model_sha256"],
             stop=stop,
             emit=self.emit,
-            on_step=self._measure_step,
         )
+        self.manifest["first"], steps = summary, int(summary["steps"])
+        self.write(self.folder.manifest, self.manifest)
+        if self.prepared.recipe.evals.every:
+            self._measure_step(model, steps)
+        return model, steps
 
     def _choose(self, model: Any) -> None:
         """Train on a part of the forget set from here on; a run chooses once."""

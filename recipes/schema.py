@@ -11,22 +11,20 @@ from pydantic import (
     AfterValidator,
     ConfigDict,
     Field,
-    SerializerFunctionWrapHandler,
     ValidationInfo,
     field_validator,
-    model_serializer,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
 
-from unlearn.data.answers import BELONGS
 from unlearn.errors import UserError
 from unlearn.recipes.choice import ChoiceSection
 from unlearn.recipes.measuring import EvalsSection
+from unlearn.recipes.missing import missing_keys
 from unlearn.recipes.passthrough import KNOWN_OPTIMIZERS, check_optimizer, passthrough_mistakes
+from unlearn.recipes.posttraining import CollapseSection, PruneSection, purpose_mistake
 from unlearn.recipes.section import Section as _Section
 from unlearn.recipes.sections import (
-    EDIT_NEEDS,
     AssistantSection,
     EditSection,
     ExtraSection,
@@ -37,9 +35,7 @@ from unlearn.recipes.sections import (
     check_edit,
     without_terms,
 )
-
-Stream = Literal["forget", "retain", "refusal", "retain_refusal", "alternate"]
-"""Rows that a term can be on; the last three are other answers to the questions of these rows."""
+from unlearn.recipes.terms import Term, check_purpose, posttraining, read_by
 
 
 class ModelSection(_Section):
@@ -88,6 +84,12 @@ class DataSection(_Section):
     """More rows for the forget set, for instance paraphrases; trained on, and not measured."""
     retain_extra: Annotated[tuple[ExtraSection, ...], Field(strict=False)] = ()
     """More rows for the retain set; trained on, and not measured."""
+    pairs: str | None = Field(default=None, min_length=1)
+    """To post-train: rows with a chosen and a rejected answer. Required when a term is on them."""
+    text: str | None = Field(default=None, min_length=1)
+    """To post-train: rows to train on; null takes the chosen answers of the pairs."""
+    heldout: str | None = Field(default=None, min_length=1)
+    """To post-train: rows that are measured and never trained on."""
     unseen: str | None = Field(default=None, min_length=1)
     """Rows like the forget set that the model has not seen, for `edit.forget_nll: unseen`."""
     columns: dict[str, str] = Field(default_factory=dict)
@@ -104,56 +106,6 @@ class DataSection(_Section):
     """Longest sequence, in tokens; longer text rows are cut into windows."""
     select: ChoiceSection | None = None
     """Part of the forget set that is trained on; null trains on all of it."""
-
-
-class Term(_Section):
-    """A weighted objective on a stream of rows. Other keys are the objective's hyperparameters."""
-
-    model_config = ConfigDict(extra="allow")
-
-    objective: str = Field(min_length=1)
-    """What is minimised, for instance npo or nll."""
-    on: Stream
-    """The rows it sees; for an objective on pairs, the answers that are to become likelier."""
-    rejected: Stream | None = None
-    """For an objective on pairs: the answers that are to become less likely."""
-    weight: float = Field(default=1.0, ge=0)
-    """Factor in the total loss; gamma (forget) and alpha (retain) in the literature."""
-
-    @property
-    def hyper(self) -> dict[str, Any]:
-        """The objective's hyperparameters, as written."""
-        return dict(self.__pydantic_extra__ or {})
-
-    @property
-    def streams(self) -> tuple[Stream, ...]:
-        """The streams it reads."""
-        return (self.on,) if self.rejected is None else (self.on, self.rejected)
-
-    @field_validator("rejected")
-    @classmethod
-    def _answers_to_one_question(cls, value: Stream | None, info: ValidationInfo) -> Stream | None:
-        on = info.data.get("on")
-        if value is None or on is None:
-            return value
-        if value == on:
-            raise ValueError(f"'{value}' given, which is `on` too; a pair has two answers")
-        if rows_of(value) != rows_of(on):
-            raise ValueError(
-                f"'{value}' given, but `on: {on}` answers the {rows_of(on)} rows; "
-                "a pair answers one question"
-            )
-        return value
-
-    @model_serializer(mode="wrap")
-    def _without_absent_pair(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        written: dict[str, Any] = write(self)
-        return {key: value for key, value in written.items() if (key, value) != ("rejected", None)}
-
-
-def rows_of(stream: str) -> str:
-    """Name the rows that a stream is about: ``forget`` or ``retain``."""
-    return BELONGS.get(stream, stream)
 
 
 def _steps(value: int) -> int:
@@ -206,6 +158,10 @@ class TrainingSection(_Section):
     """Checkpoints kept; null keeps all."""
     trainable: Annotated[tuple[str, ...], Field(strict=False, min_length=1)] | None = None
     """Weights that are trained: regular expressions found in their names; null trains all."""
+    collapse: CollapseSection = CollapseSection()
+    """When post-training counts as collapsed: right answers becoming unlikely."""
+    prune: PruneSection | None = None
+    """Post-training: leave rows out of epochs by their losses; `{}` takes the defaults."""
     reference: Literal["cached", "live"] = "cached"
     """The frozen start: its scores are computed once and stored, or asked anew at every step."""
 
@@ -232,12 +188,15 @@ class TrainingSection(_Section):
         return dict(self.__pydantic_extra__ or {})
 
 
-def _forgets(terms: tuple[Term, ...]) -> tuple[Term, ...]:
-    if terms and not any(rows_of(stream) == "forget" for term in terms for stream in term.streams):
-        raise ValueError(
-            "no term is on forget, so nothing would be forgotten; give one `on: forget`"
-        )
-    return terms
+class FirstSection(_Section):
+    """Training that comes before the recipe's own, on the same model; what it makes is kept."""
+
+    terms: Annotated[
+        tuple[Term, ...], Field(strict=False, min_length=1), AfterValidator(check_purpose)
+    ]
+    """Terms of its loss."""
+    training: TrainingSection = TrainingSection()
+    """Settings of its optimisation; keys that are not given are those of `training`."""
 
 
 class Recipe(_Section):
@@ -251,8 +210,10 @@ class Recipe(_Section):
     """Where the method and its numbers come from."""
     model: ModelSection = ModelSection()
     data: DataSection = DataSection()
-    terms: Annotated[tuple[Term, ...], Field(strict=False), AfterValidator(_forgets)]
-    """Terms of the loss; at least one on forget. None where an edit trains nothing."""
+    first: FirstSection | None = None
+    """Train on other terms first, for instance plainly before REDI; null starts from the model."""
+    terms: Annotated[tuple[Term, ...], Field(strict=False), AfterValidator(check_purpose)]
+    """Terms of the loss; at least one on forget, or all on rows to post-train on."""
     training: TrainingSection = TrainingSection()
     evals: EvalsSection = EvalsSection()
     launch: LaunchSection = LaunchSection()
@@ -272,10 +233,33 @@ class Recipe(_Section):
         alone = isinstance(tree, dict) and tree.get("edit") and "terms" not in tree
         return {**tree, "terms": ()} if alone else tree
 
+    @model_validator(mode="before")
+    @classmethod
+    def _first_trains_as_the_rest(cls, tree: Any) -> Any:
+        """Fill in what ``first.training`` leaves out."""
+        first = tree.get("first") if isinstance(tree, dict) else None
+        given = [part.get("training", {}) for part in (tree, first) if isinstance(part, dict)]
+        if not isinstance(first, dict) or not all(isinstance(one, dict) for one in given):
+            return tree
+        return {**tree, "first": {**first, "training": given[0] | given[1]}}
+
     @property
     def trains(self) -> bool:
         """Tell whether there is a loss to be trained on, or an edit alone."""
         return bool(self.terms)
+
+    @property
+    def posttrains(self) -> bool:
+        """Tell whether it trains on given rows, and has nothing to forget."""
+        return posttraining(self.terms)
+
+    @property
+    def first_recipe(self) -> "Recipe | None":
+        """What is trained first, as a recipe of its own; None when nothing is."""
+        if self.first is None:
+            return None
+        stage = {"terms": self.first.terms, "training": self.first.training, "first": None}
+        return self.model_copy(update=stage)
 
     @property
     def accumulation(self) -> int:
@@ -308,6 +292,13 @@ class Recipe(_Section):
         return self
 
     @model_validator(mode="after")
+    def _fits_its_purpose(self) -> Self:
+        if found := purpose_mistake(self):
+            key, why = found
+            raise PydanticCustomError("purpose", "{why}", {"why": f"{key}: {why}"})
+        return self
+
+    @model_validator(mode="after")
     def _unseen_rows_have_a_use(self) -> Self:
         if self.data.unseen and not (self.edit and self.edit.reads_unseen):
             message = "data.unseen: given, but only `edit.forget_nll: unseen` reads it"
@@ -325,33 +316,12 @@ class Recipe(_Section):
         return self
 
     def read_streams(self) -> set[str]:
-        """Name the streams that terms read."""
-        return {stream for term in self.terms for stream in term.streams}
+        """Name the streams that terms read, those of ``first`` included."""
+        return read_by((*self.terms, *(self.first.terms if self.first else ())))
 
     def missing(self) -> list[str]:
         """List what a run still needs, one line each, with the flag that gives it."""
-        retains = [term.objective for term in self.terms if rows_of(term.on) == "retain"]
-        needs = [
-            ("model.path", self.model.path, "--model, the model to change"),
-            ("data.forget", self.data.forget, "--forget, the rows to forget"),
-            ("out", self.out, "--out, a new folder for the run"),
-        ]
-        select = self.data.select
-        by_log_odds = select is not None and select.by == "keyword" and not select.keywords
-        users = {
-            f"term '{retains[0]}' is on retain" if retains else "": bool(retains),
-            "data.select.by is keyword": by_log_odds,
-            "evals.retain_kl is measured on them": self.evals.retain_kl,
-            "the edit is measured on them": not self.trains,
-        }
-        if why := next((why for why, needed in users.items() if needed), None):
-            needs.insert(2, ("data.retain", self.data.retain, f"--retain, the rows to keep: {why}"))
-        if self.edit and self.edit.reads_unseen:
-            asked = "rows like the forget set that the model has not seen: edit asks for them"
-            needs.insert(-1, ("data.unseen", self.data.unseen, asked))
-        hyper = self.edit.hyper if self.edit else {}
-        needs[-1:-1] = [(f"edit.{k}", hyper[k], way) for k, way in EDIT_NEEDS.items() if k in hyper]
-        return [f"{key} is missing ({why})" for key, value, why in needs if value is None]
+        return missing_keys(self)
 
     def require_runnable(self) -> None:
         """Refuse a recipe without model, data or output folder.

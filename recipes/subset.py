@@ -15,7 +15,8 @@ from unlearn.data.encode import Example
 from unlearn.errors import UserError
 from unlearn.keywords import Positions, masked
 from unlearn.recipes.choice import ChoiceSection
-from unlearn.recipes.prepare import Prepared, Stream
+from unlearn.recipes.prepare import Prepared
+from unlearn.recipes.streams import Stream
 from unlearn.runs import write_json
 from unlearn.selection import num_kept
 

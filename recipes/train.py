@@ -1,6 +1,6 @@
 """From a prepared recipe and a loaded model to a trained one: reference, arguments, trainer."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import fields, replace
 from functools import partial
@@ -18,6 +18,7 @@ from unlearn.data.collate import Collator, EpochSampler
 from unlearn.engines import SHARDED, engine_arguments, is_sharded, put_trained, trained_weights
 from unlearn.errors import Interrupted
 from unlearn.packing import can_pack, packable
+from unlearn.posttrain.collapse import CollapseGuard
 from unlearn.ranks import Ranks
 from unlearn.recipes import outcome
 from unlearn.recipes.identity import training_identity
@@ -62,14 +63,44 @@ def train(
 
         trainer.add_callback(monitors.EverySteps(every, measure))
     last = _found_checkpoint(folder.checkpoints, trainer.identity, emit)
-    emit({"event": "stage", "stage": "train", "resumed_from": last and last.name})
+    for message in cautions(prepared):
+        emit({"event": "warning", "message": message})
+    stage = "post-train" if prepared.recipe.posttrains else "train"
+    emit({"event": "stage", "stage": stage, "resumed_from": last and last.name})
     _train_from(trainer, last, prepared.steps)
     unset_hf_deepspeed_config()  # else models loaded from now on would be split by ZeRO 3
     if stop.requested:
         emit({"event": "interrupted", "step": trainer.state.global_step})
         raise Interrupted(f"stopped after step {trainer.state.global_step}, which is saved")
     summary = {"steps": trainer.state.global_step, "peak_memory_bytes": peak_memory(ranks)}
+    if pruner := trainer.pruner:
+        summary |= {"rows": pruner.visits, "rows_unpruned": pruner.size * pruner.epochs}
     return outcome.trained(prepared, trainer.model), summary
+
+
+FEW = 8
+"""Rows below which weights say little: the lowest and the highest loss always stand at the ends."""
+
+
+def cautions(prepared: Prepared) -> Iterator[str]:
+    """Say what is allowed and seldom wanted: few rows to weigh, answers that are cut off."""
+    recipe = prepared.recipe
+    at_once = recipe.training.per_device_train_batch_size * recipe.launch.processes
+    for term in prepared.terms:
+        beside = {"micro": at_once, "step": prepared.rows_per_step}
+        if term.weighting and (rows := beside.get(term.weighting.scope, FEW)) < FEW:
+            yield (
+                f"terms on {term.on}: {rows} rows are weighted against each other, where "
+                f"{FEW} or more are needed for weights that mean something (scope: step or stream)"
+            )
+    if not recipe.posttrains:
+        return
+    for name, stream in prepared.trained.items():
+        if cut := sum(example.cut > 0 for example in stream.examples):
+            yield (
+                f"{cut} of {len(stream.examples)} rows of '{name}' are cut at data.max_length "
+                f"{recipe.data.max_length}: their answers never end"
+            )
 
 
 def whole_model(prepared: Prepared, model: Any) -> Any:
@@ -149,11 +180,15 @@ def make_trainer(
         keep_checkpoints=recipe.training.save_total_limit,
         identity=training_identity(prepared, weights_hash),
         best_step=lambda: best_step(folder.best),
+        pruner=prepared.pruner,
     )
     trainer.remove_callback(PrinterCallback)
     hidden = prepared.engine.startswith("zero")
     trainer.add_callback(monitors.UpdateCheck(emit, hidden, Ranks.world().add))
     trainer.add_callback(monitors.StepEvents(emit, trainer.summary, lambda: trainer.num_tokens))
+    if recipe.posttrains and "rejected" in prepared.trained:
+        how = recipe.training.collapse.model_dump()
+        trainer.add_callback(CollapseGuard(emit, trainer.summary, **how))
     return trainer
 
 
@@ -243,6 +278,8 @@ def training_arguments(prepared: Prepared, folder: Path) -> TrainingArguments:
             "trainable",
             "gradient_checkpointing",
             "global_batch_size",
+            "collapse",
+            "prune",
             "gradient_accumulation_steps",
         }
     )
@@ -251,6 +288,8 @@ def training_arguments(prepared: Prepared, folder: Path) -> TrainingArguments:
     if section.gradient_checkpointing:
         passed |= _checkpointing()
     chosen = prepared.recipe.data.select is not None
+    if section.prune:  # all epochs are one pass over the sampler
+        passed["num_train_epochs"] = 1
     if chosen:  # as many steps as over the whole forget set, saved as often
         passed["max_steps"] = prepared.steps
     warmup = section.warmup_steps
@@ -260,7 +299,7 @@ def training_arguments(prepared: Prepared, folder: Path) -> TrainingArguments:
         output_dir=str(folder),
         warmup_steps=warmup,
         gradient_accumulation_steps=prepared.recipe.accumulation,
-        save_strategy="steps" if section.save_steps or chosen else "epoch",
+        save_strategy="steps" if section.save_steps or chosen or section.prune else "epoch",
         save_steps=section.save_steps or prepared.steps_per_epoch,
         seed=prepared.recipe.seed,
         data_seed=prepared.recipe.seed,

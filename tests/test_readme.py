@@ -98,8 +98,8 @@ def test_a_command_is_understood_and_its_recipe_is_valid(
     if name not in ("unlearn run", "unlearn plan"):
         return
     changes: dict[str, Any] = {"out": "runs/a"}
-    sections = {"model": ("model", "path"), "forget": ("data", "forget")}
-    for key, (group, leaf) in (sections | {"retain": ("data", "retain")}).items():
+    sections = {name: ("data", name) for name in ("forget", "retain", "pairs", "text")}
+    for key, (group, leaf) in (sections | {"model": ("model", "path")}).items():
         if given[key]:
             changes.setdefault(group, {})[leaf] = given[key]
     if given["map_"]:
@@ -164,9 +164,12 @@ def test_defaults_in_the_table_of_keys_are_those_of_the_schema() -> None:
 def test_methods_presets_and_short_names_are_those_that_ship() -> None:
     methods = section("Methods")
     table = methods.split("\n\n")[1]
-    assert set(first_cells(table)) - {"--set terms.retain.objective=kl"} == set(
-        files.method_names()
+    posttraining = {name for name in files.method_names() if files.load(name).posttrains}
+    assert set(first_cells(table)) - {"--set terms.retain.objective=kl"} == (
+        set(files.method_names()) - posttraining
     )
+    others = section("Methods").partition("### Training on given rows instead")[2]
+    assert set(first_cells(others.partition("###")[0])) == posttraining
     variants = re.findall(r"`objective=(\w+)`", methods)
     assert len(variants) == 4
     assert set(variants) <= set(OBJECTIVES)
@@ -174,7 +177,7 @@ def test_methods_presets_and_short_names_are_those_that_ship() -> None:
              for cell in row.split("|")[2:4] for name in re.findall(r"`(\w+)`", cell)}  # fmt: skip
     assert terms <= set(OBJECTIVES)
     recipes = first_cells(section("Recipes"))
-    tiny = {f"tofu-tiny/{method}" for method in files.method_names()}
+    tiny = {f"tofu-tiny/{method}" for method in set(files.method_names()) - posttraining}
     named = {name for name in recipes if "/" in name} - {"tofu-tiny/METHOD"}
     assert named | tiny == set(files.preset_names())
     short = {name.removeprefix("--set ").split("=")[0] for name in recipes if "=…" in name}

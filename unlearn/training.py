@@ -16,18 +16,25 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Trainer, TrainerCallback
-from transformers.trainer_callback import ExportableState
+from transformers import Trainer
 
 from unlearn import checkpoints
 from unlearn.activations import read_layer
 from unlearn.data.collate import EpochSampler
+from unlearn.data.pairs import SIDES
 from unlearn.monitors import require_finite_gradients
 from unlearn.objectives import Objective, Said
 from unlearn.objectives.dual import Stateful, StepMeans
+from unlearn.posttrain.memory import Memory
+from unlearn.posttrain.pruning import PrunedSampler, Pruner
+from unlearn.posttrain.readings import pair_readings
+from unlearn.posttrain.reweigher import rows_of
+from unlearn.posttrain.reweighting import Rows, Weighting
+from unlearn.posttrain.weighing import Weighing
 from unlearn.ranks import Ranks
 from unlearn.reference import LiveReference
 from unlearn.scores import Scorer, Scores
+from unlearn.scoring import evaluation_mode
 
 Batch = Mapping[str, Tensor]
 Reads = tuple[str, int | None]
@@ -38,7 +45,8 @@ class Term:
     """An objective on a stream, with a weight and its hyperparameters.
 
     ``rejected``, for an objective on pairs, is the stream of the answers to become less likely; its
-    rows belong to those of ``on``, one to one.
+    rows belong to those of ``on``, one to one. ``weighting`` lets the rows of ``on`` count by their
+    losses; the objective must have one value per token or per sequence.
     """
 
     objective: Objective
@@ -46,6 +54,7 @@ class Term:
     weight: float = 1.0
     hyper: Mapping[str, Any] = field(default_factory=dict)
     rejected: str | None = None
+    weighting: Weighting | None = None
 
     @property
     def streams(self) -> tuple[str, ...]:
@@ -71,9 +80,15 @@ class Term:
         return [said for at in self.reads for said in (policy[at], reference.get(at))]
 
     @property
+    def unit(self) -> str:
+        """What its objective gives one value for: ``token``, ``sequence``, …."""
+        return self.objective.unit
+
+    @property
     def label(self) -> str:
         """How events and plots name it: ``forget/npo``."""
-        return f"{self.on}/{self.objective.name}"
+        weighted = "_reweighted" if self.weighting else ""
+        return f"{self.on}/{self.objective.name}{weighted}"
 
 
 class UnlearningTrainer(Trainer):
@@ -94,6 +109,7 @@ class UnlearningTrainer(Trainer):
         keep_checkpoints: int | None = 2,
         identity: checkpoints.Identity | None = None,
         best_step: Callable[[], int | None] = lambda: None,
+        pruner: Pruner | None = None,
         **arguments: Any,
     ) -> None:
         super().__init__(**arguments)
@@ -104,6 +120,7 @@ class UnlearningTrainer(Trainer):
         self.keep_checkpoints = keep_checkpoints
         self.identity = identity
         self.best_step = best_step
+        self.pruner = pruner
         self.args._n_gpu = min(self.args.n_gpu, 1)  # one process, one device: never DataParallel
         self.readings: dict[str, Tensor] = {}
         self.grad_norm = 0.0
@@ -114,14 +131,27 @@ class UnlearningTrainer(Trainer):
             if term.objective.reads in ("labelled", "logits"):
                 for stream in term.streams:
                     self._want[stream].add(term.objective.reads)
-        if any(isinstance(loss, Stateful) for loss in self.losses):
+        self._watched = set(SIDES) & {stream for term in self.terms for stream in term.streams}
+        for stream in self._watched:
+            self._want[stream].add("statistics")
+        self.weighing = Weighing(
+            self.terms,
+            self.train_dataset.streams,
+            rank=self.accelerator.process_index,
+            processes=self.accelerator.num_processes,
+            gather=self.accelerator.gather,
+            size=self.args.per_device_train_batch_size,
+        )
+        if any(self._stateful()) or self.weighing.active or pruner:
             self.add_callback(Memory(self))
 
     # Data order
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
+    def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler | PrunedSampler:
         processes = self.accelerator.num_processes  # alone, the last batch may be smaller
         rows = self.args.per_device_train_batch_size * processes if processes > 1 else 1
+        if self.pruner:
+            return PrunedSampler(self.pruner, multiple=rows)
         size = len(train_dataset or self.train_dataset)
         return EpochSampler(size, seed=self.args.seed, multiple=rows)
 
@@ -129,7 +159,23 @@ class UnlearningTrainer(Trainer):
         """Collect the micro-batches of one optimiser step and count the units of every term."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         self.readings = {}
-        return batches, self._count(batches)
+        counts = self._count(batches)
+        self._begin_weighing(batches)
+        return batches, counts
+
+    def _begin_weighing(self, batches: Sequence[Mapping[str, Batch]]) -> None:
+        """Begin a step; where rows are weighted against all of it, ask for their losses first."""
+        progress = self.state.global_step / max(1, self.state.max_steps)
+        for place in self.weighing.begin(progress, len(batches)):
+            term = self.terms[place]
+            self.weighing.plan(place, [self._rows(term, batch[term.on]) for batch in batches])
+
+    def _rows(self, term: Term, batch: Batch) -> Rows:
+        """Read the losses of a batch's rows, without gradient."""
+        batch = self._prepare_inputs(dict(batch))
+        with torch.no_grad(), evaluation_mode(self.model_wrapped), self.accelerator.autocast():
+            scores = self.scorer(self.model_wrapped, batch)
+        return rows_of(scores, batch, term.objective.unit)
 
     def _count(self, batches: Sequence[Mapping[str, Batch]]) -> dict[str, Tensor]:
         counts: dict[str, Tensor] = {}
@@ -141,6 +187,9 @@ class UnlearningTrainer(Trainer):
             counts[stream] = _total((part != -100).sum() for part in labels)
             attended = (batch[stream]["attention_mask"].sum() for batch in batches)
             counts[f"{stream}/tokens"] = _total(attended)
+        if set(SIDES) <= self._watched:
+            pairs = (batch["chosen"]["attention_mask"].any(-1).sum() for batch in batches)
+            counts["pairs"] = _total(pairs)
         totals = self._over_ranks(counts)
         self.num_tokens += sum(int(n) for name, n in totals.items() if name.endswith("/tokens"))
         return totals
@@ -172,6 +221,8 @@ class UnlearningTrainer(Trainer):
 
         All processes must ask: the means are those of the whole step, so states stay equal.
         """
+        if not any(self._stateful()):
+            return
         means = {name: float(value) for name, value in self._over_ranks(self.readings).items()}
         rows = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
         per_epoch = -(-len(self.train_dataset) // (rows * self.accelerator.num_processes))
@@ -196,15 +247,28 @@ class UnlearningTrainer(Trainer):
             reference = self._reference(model, inputs)  # first: an engine's last pass is the one
             policy = self._policy(model, inputs)  # that it goes back through
             parts = []
-            for term, loss in zip(self.terms, self.losses, strict=True):
+            for place, (term, loss) in enumerate(zip(self.terms, self.losses, strict=True)):
                 losses = term.objective.apply(loss, *term.said(policy, reference))
+                scores, batch = policy.get((term.on, None)), inputs[term.on]
+                losses, told = self.weighing.apply(place, losses, scores, batch)
+                for name, value in told.items():
+                    self._read(name, value)
                 part = losses.sum() / counts[term.label].clamp_min(1)
                 self._read(term.label, part)
                 parts.append(term.weight * part)
+        if self.pruner:
+            anchor = self.train_dataset.anchor
+            self.pruner.see(policy[anchor, None], inputs[anchor])
         labels = {term.label for term in self.terms}  # a term may be that very mean
-        for (stream, _), scores in policy.items():
-            if isinstance(scores, Scores) and f"{stream}/nll" not in labels:
-                self._read(f"{stream}/nll", -scores.log_probs.sum() / counts[stream])
+        said = {
+            stream: scores for (stream, _), scores in policy.items() if isinstance(scores, Scores)
+        }
+        for stream, read in said.items():
+            if f"{stream}/nll" not in labels:
+                self._read(f"{stream}/nll", -read.log_probs.sum() / counts[stream])
+        watched = {stream: said[stream] for stream in sorted(self._watched)}
+        for name, part in pair_readings(watched, counts):
+            self._read(name, part)
         # Engines average gradients over ranks, the counts are global: undo the average.
         return torch.stack(parts).sum() * self.accelerator.num_processes
 
@@ -308,29 +372,6 @@ class UnlearningTrainer(Trainer):
         (self._staging / "training_args.bin").unlink(missing_ok=True)  # a pickle nothing reads
         checkpoints.seal(self._staging, folder, self.identity)
         checkpoints.prune(folder.parent, self.keep_checkpoints, best=self.best_step())
-
-
-class Memory(TrainerCallback, ExportableState):
-    """Tells losses with a state about every step, and keeps their states in the checkpoints."""
-
-    def __init__(self, trainer: UnlearningTrainer) -> None:
-        self.trainer = trainer
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Take the states from the checkpoint that is resumed (or those that there are)."""
-        stored = state.stateful_callbacks[type(self).__name__]["attributes"]["states"]
-        for loss, kept in zip(self.trainer.losses, stored, strict=True):
-            if isinstance(loss, Stateful):
-                loss.load_state_dict(kept)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.tell_losses()
-
-    def state(self) -> dict[str, Any]:
-        """Give the state of every loss, in the order of the terms; None for those without."""
-        losses = self.trainer.losses
-        states = [loss.state_dict() if isinstance(loss, Stateful) else None for loss in losses]
-        return {"args": {}, "attributes": {"states": states}}
 
 
 def _reads(terms: Iterable[Term]) -> list[Reads]:

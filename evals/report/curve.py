@@ -15,6 +15,10 @@ TITLES = {
     "refusal": "Forget set, refused",
     "alternate": "Forget set, other answers",
     "retain_refusal": "Retain set, refused",
+    "chosen": "Chosen answers",
+    "rejected": "Rejected answers",
+    "pairs": "Pairs",
+    "text": "Rows trained on",
 }
 
 

@@ -19,11 +19,12 @@ GROUPS = {
     ),
     "Data": (
         *("data", "data_sha256", "forget", "retain", "refusal", "retain_refusal", "alternate"),
+        *("chosen", "rejected", "heldout"),
         *("holdout", "selection", "pairs", "text", "tasks"),
     ),
     "Versions": ("versions",),
     "Time and memory": (
-        *("started", "finished", "took", "seconds", "training", "evaluation"),
+        *("started", "finished", "took", "seconds", "first", "training", "evaluation"),
         *("peak_memory_bytes", "tokens"),
     ),
 }

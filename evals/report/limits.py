@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from unlearn.evals.report.table import Row
+from unlearn.evals.report.table import Row, is_post_training
 
 WEIGHTS = (
     "Whether the information is gone from the weights. A low probability of the true answer can be "
@@ -49,10 +49,27 @@ NO_RETAIN_MODEL = (
     "The distance to a model that never saw the forget set: no retain model was given."
 )
 
+TRAINED_ON = (
+    "What the model does with other rows. Of rows that were trained on, a higher probability says "
+    "only that training took place."
+)
+NO_HELDOUT = "How well it generalises: no held-out rows were given (data.heldout)."
+RIGHT = (
+    "Whether its own answers are right. A probability is that of a given answer; no answer of the "
+    "model was checked."
+)
+ABILITIES = "Other abilities, or the safety of its answers: nothing else was asked."
+LIKELIER = (
+    "That rejected answers are avoided. A pair told apart has a likelier chosen answer; both can "
+    "have become unlikely."
+)
+
 
 def limits(rows: Sequence[Row], *, leakage: bool = False, clamped: bool = False) -> list[str]:
     """List what a reader must not conclude, given what was measured."""
     measured = {row.name for row in rows}
+    if is_post_training(rows):
+        return _post_training(measured)
     worded = any("_PARA_Q_A" in name or "jailbreak" in name for name in measured)
     attacked = any(name.startswith("mia_") or name == "privleak" for name in measured)
     tried = (
@@ -74,3 +91,12 @@ def limits(rows: Sequence[Row], *, leakage: bool = False, clamped: bool = False)
     if not any(row.retain_model for row in rows):
         found.append(NO_RETAIN_MODEL)
     return found
+
+
+def _post_training(measured: set[str]) -> list[str]:
+    found = [TRAINED_ON, RIGHT, ABILITIES]
+    if "heldout_loss" not in measured:
+        found.insert(1, NO_HELDOUT)
+    if "pairs_accuracy" in measured:
+        found.append(LIKELIER)
+    return [*found, ONE_RUN]

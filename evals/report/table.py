@@ -16,6 +16,11 @@ BLOCKS = {
     "ra": "Real authors",
     "wf": "World facts",
     "privacy": "Privacy",
+    "heldout": "Held-out rows",
+    "pairs": "Pairs",
+    "chosen": "Chosen answers",
+    "rejected": "Rejected answers",
+    "text": "Rows trained on",
     "other": "Other measures",
 }
 SPLITS = {
@@ -24,7 +29,14 @@ SPLITS = {
     "ra": "real authors",
     "wf": "world facts",
     "holdout": "holdout set",
+    "heldout": "held-out rows",
+    "pairs": "pairs",
+    "chosen": "chosen answers",
+    "rejected": "rejected answers",
+    "text": "rows trained on",
 }
+POST_TRAINING = ("heldout", "pairs", "chosen", "rejected", "text")
+"""Sets of a run that post-trains."""
 WITHOUT_PREFIX = {
     "extraction_strength": "forget",
     "exact_memorization": "forget",
@@ -41,6 +53,7 @@ PREFIXES = {
     "wf_": "wf",
     "mia_": "privacy",
     "s_mia_": "privacy",
+    **{f"{name}_": name for name in POST_TRAINING},
 }
 """Start of a metric's name -> its block; the first that fits."""
 
@@ -58,6 +71,12 @@ MEASURES = {
         "Extraction strength, question reworded",
         "share of the answer",
     ),
+    "loss": ("Loss", "nats per token"),
+    "logp": ("Log-probability of the answers", "nats per token"),
+    "accuracy": ("Pairs told apart", "share whose chosen answer is the likelier one, per token"),
+    "margin": ("Margin of the chosen answers", "nats per token above the rejected ones"),
+    "answer_tokens": ("Length of its own answers", "tokens, the end token counted"),
+    "unfinished": ("Own answers without an end", "share cut at evals.max_new_tokens"),
     "kl": ("Distance from the starting model", "KL(start || model), nats per labelled token"),
     "jailbreak_ROUGE": ("Overlap, answer begun for the model", "ROUGE-L recall"),
     "extraction_strength": ("Extraction strength", "share of the answer recited to its end"),
@@ -206,6 +225,11 @@ def columns(rows: Sequence[Row]) -> dict[str, str]:
     if "before" not in titles and "after" in titles:
         titles["after"] = "Model"
     return titles
+
+
+def is_post_training(rows: Sequence[Row]) -> bool:
+    """Tell a report on post-training from one on unlearning, by what was measured."""
+    return any(row.split in POST_TRAINING for row in rows)
 
 
 def finite(value: Any) -> float | None:

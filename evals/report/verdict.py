@@ -4,7 +4,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from unlearn.evals.report.table import SPLITS, Cell, Row, difference, number
+from unlearn.evals.report.table import (
+    POST_TRAINING,
+    SPLITS,
+    Cell,
+    Row,
+    difference,
+    is_post_training,
+    number,
+)
 
 SURE = 2.0
 """A difference counts when it exceeds this many combined standard errors of the two means."""
@@ -19,6 +27,11 @@ PLAIN = {
     "Q_A_Prob_normalised": "the share of the true answer among the options",
     "Q_A_ROUGE": "the overlap of the written answer with the true one",
     "extraction_strength": "extraction strength",
+    "loss": "the loss per token",
+    "logp": "the log-probability per token",
+    "accuracy": "the share told apart",
+    "margin": "the margin per token between the two answers",
+    "unfinished": "the share of its answers that do not end",
 }
 """The measures that are put into words; the table has the others."""
 
@@ -73,20 +86,29 @@ def headline(rows: Sequence[Row], ks: float | None = None) -> str:
 def _answers(rows: Sequence[Row]) -> str:
     chosen = [row for row in rows if row.measure == "Q_A_Prob" and row.split in ALWAYS]
     alone = not any(row.before for row in rows)
-    others = [row for row in rows if row.block == "other" and row.after]
+    others = [row for row in rows if row.block in (*POST_TRAINING, "other") and row.after]
     if not chosen and others:
-        said = [_other(row, alone=alone) for row in others[:OTHERS]]
-        return f"{_listed(said)}."
+        said = _listed([_other(row, alone=alone) for row in _main(others)])
+        return f"{said[0].upper() if is_post_training(rows) else said[0]}{said[1:]}."
     return _found(chosen) if alone else _changed(chosen)
+
+
+def _main(rows: Sequence[Row]) -> Sequence[Row]:
+    """Choose what the headline names: of post-training what is put into words, held out first."""
+    if not is_post_training(rows):
+        return rows[:OTHERS]
+    named = [row for row in rows if row.split in POST_TRAINING and row.measure in PLAIN]
+    return sorted(named, key=lambda row: POST_TRAINING.index(row.split))[:OTHERS]
 
 
 def _other(row: Row, *, alone: bool) -> str:
     """Say what became of a measure without a name in words, such as a harness task."""
     assert row.after
+    name = f"{PLAIN[row.measure]} on the {SPLITS[row.split]}" if row.measure in PLAIN else row.name
     if alone or row.before is None:
-        return f"{row.name} is {number(row.after.value)}{_theirs(row)}"
+        return f"{name} is {number(row.after.value)}{_theirs(row)}"
     verb = _verb(row)
-    return f"{row.name} {verb} {_before_after(row) if verb == UNSURE else _from_to(row)}"
+    return f"{name} {verb} {_before_after(row) if verb == UNSURE else _from_to(row)}"
 
 
 def _changed(rows: Sequence[Row]) -> str:
@@ -154,6 +176,8 @@ def verdict(rows: Sequence[Row]) -> list[Paragraph]:
             paragraphs.append(Paragraph(name.capitalize(), _set(split, chosen, alone=alone)))
         elif split in ALWAYS and any(row.split in ALWAYS for row in rows):
             paragraphs.append(Paragraph(name.capitalize(), f"Nothing was measured on the {name}."))
+    if is_post_training(rows):  # nothing was to be forgotten
+        return paragraphs
     return [*paragraphs, Paragraph("Distance from the retain model", _distance(rows))]
 
 

@@ -33,7 +33,17 @@ from unlearn.evals.report.limits import limits
 from unlearn.evals.report.overlap import shared_pieces
 from unlearn.evals.report.page import render
 from unlearn.evals.report.plots import Plot
-from unlearn.evals.report.table import COLUMNS, SPLITS, Cell, Row, blocks, columns, finite, table
+from unlearn.evals.report.table import (
+    COLUMNS,
+    SPLITS,
+    Cell,
+    Row,
+    blocks,
+    columns,
+    finite,
+    is_post_training,
+    table,
+)
 from unlearn.evals.report.tradeoff import draw_tradeoff, path_of
 from unlearn.evals.report.verdict import Paragraph, headline, verdict
 from unlearn.runs import write_atomic, write_json
@@ -49,6 +59,7 @@ OPEN = 3
 FINDINGS = (
     *("Forget set", "Forget quality", "Rows given away", "Membership"),
     *("Retain set", "Real authors", "World facts", "Model utility"),
+    *("Held-out rows", "Pairs", "Chosen answers", "Rejected answers", "Rows trained on"),
     "Distance from the retain model",
 )
 """Headings of the paragraphs, in the order in which they are read."""
@@ -89,7 +100,7 @@ def page_title(run: Mapping[str, Any]) -> str:
     """Name a report for the title bar."""
     return ": ".join(
         part
-        for part in ("Unlearning report", ", ".join(filter(None, (run["method"], run["model"]))))
+        for part in (run["heading"], ", ".join(filter(None, (run["method"], run["model"]))))
         if part
     )
 
@@ -106,6 +117,7 @@ def describe(results: Mapping[str, Any]) -> dict[str, Any]:
     training = results.get("training") or {}
     return {
         "format": FORMAT,
+        "heading": "Post-training report" if is_post_training(rows) else "Unlearning report",
         "run": str(results.get("run") or ""),
         "method": str(results.get("method") or ""),
         "model": origin(results),

@@ -63,9 +63,19 @@ def test_methods_and_presets_are_the_files_in_the_folder():
     assert files.recipe_names() == files.method_names() + files.preset_names()
 
 
+POST_TRAINING = {
+    *("learning_rate", "num_train_epochs", "warmup_epochs", "lr_scheduler_type", "weight_decay"),
+    "gradient_accumulation_steps",
+}
+
+
 @pytest.mark.parametrize("method", files.method_names())
 def test_a_methods_file_carries_its_terms_and_which_weights_they_train(method):
+    """To post-train, the published rate and epochs belong to a method: with other ones it fails."""
     tree = files.read(files.find(method))
+    if files.load(method).posttrains:
+        for stage in (tree, tree.pop("first", {})):
+            assert set(stage.pop("training", {})) <= POST_TRAINING
     training, model, edit = (tree.pop(name, {}) for name in ("training", "model", "edit"))
     assisted = bool(tree.pop("assistant", {}))
     assert bool(tree.pop("terms", ())) or edit  # an edit may stand alone
@@ -182,7 +192,7 @@ def test_every_mistake_is_reported_at_once_with_its_line(tmp_path):
         "line 5: data.template: 'hi' given; must contain {question}",
         f"line 7: terms.0.objective: 'npoo' given; must be one of {objectives}",
         "line 8: terms.1.on: 'fget' given; must be one of forget, retain, refusal, retain_refusal, "
-        "alternate; did you mean 'forget'?",
+        "alternate, chosen, rejected, text; did you mean 'forget'?",
         "line 8: terms.1.betta: unknown hyperparameter 'betta' of npo; did you mean 'beta'?",
         "line 8: terms.1.wieght: unknown key; did you mean 'terms.1.weight'?",
         "line 9: terms.2.on: missing",

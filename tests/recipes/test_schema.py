@@ -160,7 +160,7 @@ def test_declared_training_keys_exist_in_transformers():
     from unlearn.recipes.passthrough import KNOWN_OPTIMIZERS, argument_types, check_optimizer
     from unlearn.recipes.schema import TrainingSection
 
-    ours = {"warmup_epochs", "reference", "trainable", "global_batch_size"}
+    ours = {"warmup_epochs", "reference", "trainable", "global_batch_size", "collapse", "prune"}
     assert set(TrainingSection.model_fields) - ours <= set(argument_types())
     assert set(Scheduler.__args__) <= {item.value for item in SchedulerType}
     from transformers.training_args import OptimizerNames

@@ -5,7 +5,7 @@ does not depend on worker count, rank or whether the run was interrupted.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch.utils.data import Dataset, Sampler
 from unlearn.data.answers import OtherAnswers
 from unlearn.data.draws import uniform
 from unlearn.data.encode import Example
+from unlearn.data.pairs import SIDES
 
 IGNORE = -100
 EMPTY = -1
@@ -49,10 +50,14 @@ def pad(
 
 @dataclass(frozen=True)
 class Item:
-    """One row of one stream; ``index`` is its place in the stream, for reference look-ups."""
+    """One row of one stream; ``index`` is its place in the stream, for reference look-ups.
+
+    Its loss counts ``weight`` times.
+    """
 
     example: Example
     index: int
+    weight: float = 1.0
 
 
 NOTHING = Example(input_ids=[0], labels=[IGNORE], prompt_length=1, row=EMPTY, important=(False,))
@@ -62,9 +67,11 @@ NOTHING = Example(input_ids=[0], labels=[IGNORE], prompt_length=1, row=EMPTY, im
 class StreamDataset(Dataset):
     """Every forget row with the rows of the other streams that meet it, by (epoch, index).
 
-    The length is that of the anchor stream: the forget set, or the only stream there is. Rows of
-    other streams are drawn, except that ``others`` follow the rows whose questions they answer.
-    Items hold all streams, or those named in ``only``.
+    A third part of a key is how many times their losses count.
+
+    The length is that of the ``anchor`` stream: the forget set, or else the first stream. Rows of
+    other streams are drawn, except that ``others`` follow the rows whose questions they answer, and
+    that the two sides of a pair go together. Items hold all streams, or those named in ``only``.
     """
 
     def __init__(
@@ -74,26 +81,30 @@ class StreamDataset(Dataset):
         seed: int,
         others: Mapping[str, OtherAnswers] | None = None,
         only: Collection[str] | None = None,
+        anchor: str | None = None,
     ) -> None:
         self.streams = dict(streams)
         self.others = dict(others or {})
         self.seed = seed
-        self.anchor = "forget" if "forget" in streams else next(iter(streams))
+        self.anchor = anchor or ("forget" if "forget" in streams else next(iter(streams)))
         self.only = {*self.streams, *self.others} if only is None else set(only)
 
     def __len__(self) -> int:
         return len(self.streams[self.anchor])
 
-    def __getitem__(self, key: tuple[int, int]) -> dict[str, Item]:
-        epoch, index = key
+    def __getitem__(self, key: tuple[int, int] | tuple[int, int, float]) -> dict[str, Item]:
+        epoch, index, *weight = key
         names = [name for name in (*self.streams, *self.others) if name in self.only]
         if index == EMPTY:
             return {name: Item(NOTHING, EMPTY) for name in names}
-        return {name: self._item(name, epoch, index) for name in names}
+        items = {name: self._item(name, epoch, index) for name in names}
+        if not weight:
+            return items
+        return {name: replace(item, weight=weight[0]) for name, item in items.items()}
 
     def row(self, stream: str, epoch: int, index: int) -> int:
         """Give the row of a stream that takes part when the anchor's row is ``index``."""
-        if stream == self.anchor:
+        if stream == self.anchor or {stream, self.anchor} == set(SIDES):
             return index
         return retain_partner(self.seed, epoch, index, len(self.streams[stream]))
 
@@ -151,6 +162,8 @@ class Collator:
         batch = pad([item.example for item in items], self.pad_id)
         batch["index"] = torch.tensor([item.index for item in items])
         batch["attention_mask"][batch["index"] == EMPTY] = 0
+        if any(item.weight != 1.0 for item in items):
+            batch["weight"] = torch.tensor([item.weight for item in items])
         marks = [item.example.important for item in items]
         if any(mark is not None for mark in marks):
             batch["important"] = torch.zeros_like(batch["labels"], dtype=torch.bool)

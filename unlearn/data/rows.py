@@ -20,6 +20,8 @@ OPTIONAL = (
     "perturbed_answer",
     "alternate",
     "important",
+    "chosen",
+    "rejected",
 )
 ROLES = ("system", "user", "assistant", "tool")
 NEEDED = "rows need question and answer, prompt and completion, messages, or text"

@@ -30,7 +30,7 @@ from unlearn.objectives.distribution import (
 from unlearn.objectives.dual import pdu_retain
 from unlearn.objectives.hidden import adaptive_rmu, embed_diff, rmu
 from unlearn.objectives.labelled import ceu, max_entropy, pdu, undial, undial_all_positions
-from unlearn.objectives.pair import ap, dpo
+from unlearn.objectives.pair import ap, dpo, preference, simpo
 from unlearn.objectives.reweighted import (
     ga_annotated,
     ga_sampled,
@@ -45,6 +45,7 @@ from unlearn.objectives.sequence import npo, npo_annotated, npo_sampled, simnpo
 from unlearn.objectives.signature import data_names
 from unlearn.objectives.token import grad_ascent, nll
 from unlearn.objectives.user import is_user_loss, load_user_loss
+from unlearn.objectives.verified import answer_ascent, answer_nll, dco, ent_nll, topr
 from unlearn.scores import Scores, label_mask
 from unlearn.signatures import hyper_mistakes, hyperparameters
 
@@ -78,7 +79,8 @@ class Objective:
 
     It reads ``scores``, scores with the logits at ``labelled`` positions or with all ``logits``, or
     the ``hidden`` states that leave a layer, whose number is then its hyperparameter ``layer``.
-    ``annotated``: the rows must have a column ``important``. ``couples_rows`` tells for which
+    ``annotated``: the rows must have a column ``important``. ``most_tokens``: of longer answers
+    (labelled tokens, on average) it says nothing. ``couples_rows`` tells for which
     hyperparameters the rows of one forward pass weigh on each other. ``measured`` names the
     hyperparameter that a run measures at the frozen start, where it is not given. ``sha256``: of
     the file that a loss from outside this table comes from.
@@ -91,6 +93,7 @@ class Objective:
     couples_rows: Callable[[Hyper], bool] = lambda hyper: False
     measured: str | None = None
     sha256: str | None = None
+    most_tokens: int | None = None
 
     @property
     def name(self) -> str:
@@ -170,6 +173,9 @@ OBJECTIVES: dict[str, Objective] = {
         ),
         Objective(ga_annotated, "token", annotated=True),
         *(Objective(f, "sequence") for f in (npo, npo_sampled, simnpo, dpo, ap)),
+        *(Objective(f, "sequence") for f in (answer_nll, answer_ascent, topr, preference, simpo)),
+        Objective(dco, "sequence", most_tokens=64),
+        Objective(ent_nll, "token", reads="labelled"),
         Objective(npo_annotated, "sequence", annotated=True),
         Objective(kl, "position", reads="logits"),
         Objective(kl_labels, "token", reads="logits"),
