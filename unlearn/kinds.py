@@ -1,9 +1,11 @@
 """Kinds of model folders: a plain model, or one that is made of a base and something beside it."""
 
+import hashlib
 import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from huggingface_hub import snapshot_download
 from transformers import AutoConfig
 
 from unlearn.errors import UserError
@@ -11,7 +13,10 @@ from unlearn.errors import UserError
 if TYPE_CHECKING:
     from unlearn.models import ModelSource
 
-KINDS = {"uld_config.json": "unlearn.assistant.artefact"}
+KINDS = {
+    "uld_config.json": "unlearn.assistant.artefact",
+    "mtp_config.json": "unlearn.mtp.storage",
+}
 """File that marks a folder of another kind -> the module that knows it.
 
 Each has ``check(source)``, ``base_of(source)`` and ``load_composed(source, device=…)``. They build
@@ -41,7 +46,7 @@ def require_plain(source: "ModelSource") -> None:
     """
     if kind_of(source):
         raise UserError(
-            f"'{source.path}' is a base with an assistant beside it, which cannot be changed again",
+            f"'{source.path}' is a base with something beside it, which cannot be changed again",
             f"give its base, {base_of(source).path}",
         )
 
@@ -58,3 +63,20 @@ def weight_files(source: "ModelSource") -> list[Path]:
     if base is source:
         return sorted(folder.glob("*.safetensors"))
     return sorted([*Path(base.path).glob("*.safetensors"), *folder.rglob("*.safetensors")])
+
+
+def weights_sha256(source: "ModelSource") -> str:
+    """Hash a model's weight files, whatever precision they are loaded in."""
+    digest = hashlib.sha256()
+    for path in _weight_files(source):
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _weight_files(source: "ModelSource") -> list[Path]:
+    """List the weight files of a plain model that is here: in a folder, or downloaded."""
+    folder = source.path
+    if not Path(folder).exists():
+        folder = snapshot_download(folder, revision=source.revision, local_files_only=True)
+    return sorted(Path(folder).glob("*.safetensors"))

@@ -6,21 +6,18 @@ refuses the folder instead of loading a base that has forgotten nothing; neither
 fit the base, because its weights are named for the assistant.
 """
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
-
 from unlearn import models
 from unlearn.assistant.build import Assistant, compose
 from unlearn.assistant.rules import RULES, settings
 from unlearn.errors import UserError, unknown
 from unlearn.head import plain
-from unlearn.kinds import kind_of
+from unlearn.kinds import kind_of, weights_sha256
 from unlearn.runs import versions, write_json
 
 CONFIG, ADAPTER = "uld_config.json", "adapter"
@@ -151,23 +148,6 @@ def save_composed(
     model.save_pretrained(folder / ADAPTER)
     tokenizer.save_pretrained(folder)
     write_json(folder / CONFIG, content)
-
-
-def weights_sha256(source: models.ModelSource) -> str:
-    """Hash a model's weight files, whatever precision they are loaded in."""
-    digest = hashlib.sha256()
-    for path in _weight_files(source):
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
-
-
-def _weight_files(source: models.ModelSource) -> list[Path]:
-    """List the weight files of a plain model that is here: in a folder, or downloaded."""
-    folder = source.path
-    if not Path(folder).exists():
-        folder = snapshot_download(folder, revision=source.revision, local_files_only=True)
-    return sorted(Path(folder).glob("*.safetensors"))
 
 
 def _require_same_base(source: models.ModelSource, found: Composition) -> None:
