@@ -32,6 +32,15 @@ Retain = Annotated[
     str | None,
     typer.Option(metavar="SOURCE", help="Rows to keep, in the same form.", rich_help_panel=GIVEN),
 ]
+Data = Annotated[
+    str | None,
+    typer.Option(
+        "--data",
+        metavar="SOURCE",
+        help="For METHOD mtp, instead of both: texts, in the same form.",
+        rich_help_panel=GIVEN,
+    ),
+]
 Out = Annotated[
     Path | None,
     typer.Option(metavar="FOLDER", help="New folder for the run.", rich_help_panel=GIVEN),

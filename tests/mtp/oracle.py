@@ -36,6 +36,8 @@ def right_with(chance: float, vocabulary: int, seed: int = 0) -> Callable[[list[
     """Change each token into another, unless a draw is below the chance."""
     draw = random.Random(seed)
     return lambda coming: [
-        token if draw.random() < chance else (token + 1 + draw.randrange(vocabulary - 1)) % vocabulary
+        token
+        if draw.random() < chance
+        else (token + 1 + draw.randrange(vocabulary - 1)) % vocabulary
         for token in coming
     ]

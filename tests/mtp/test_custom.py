@@ -80,6 +80,4 @@ def test_batches_padding_and_caches_in_use_are_refused(predictor: Any) -> None:
         )
     cache = StaticCache(config=model.config, max_cache_len=30)
     with pytest.raises(UserError, match="cut back"):
-        model.generate(
-            IDS, past_key_values=cache, custom_generate=write, max_new_tokens=4, **GIVEN
-        )
+        model.generate(IDS, past_key_values=cache, custom_generate=write, max_new_tokens=4, **GIVEN)

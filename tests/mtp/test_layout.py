@@ -35,8 +35,10 @@ def test_index_table_of_two_blocks_by_hand() -> None:
 
 
 def test_a_prompt_gets_no_masks() -> None:
-    """Tokens 0 to 2 are the prompt: the first learnt token is foretold by token 2, so 2 is the first
-    anchor; 4 is the last, whose mask 1 foretells the last token, 6."""
+    """Tokens 0 to 2 are the prompt. Token 2 foretells the first learnt one, so it is an anchor.
+
+    4 is the last, whose mask 1 foretells the last token, 6.
+    """
     ids = torch.arange(7)
     labels = torch.tensor([NO, NO, NO, 3, 4, 5, 6])
     assert eligible(labels).tolist() == [2, 3, 4]

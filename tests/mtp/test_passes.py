@@ -120,15 +120,17 @@ def test_activations_computed_again_change_nothing(predictor: Any) -> None:
     assert not any(module.training for module in predictor.model.modules())
 
 
-def test_without_the_read_only_mark_the_text_would_be_lost(predictor: Any, monkeypatch: Any) -> None:
+def test_without_the_read_only_mark_the_text_would_be_lost(
+    predictor: Any, monkeypatch: Any
+) -> None:
     """transformers takes the cache from layers that compute again: found by the mask's width."""
     from unlearn.mtp import passes
 
     monkeypatch.setattr(passes, "READS", "_another_name")
     monkeypatch.setattr(passes.GradientCheckpointingLayer, "_another_name", False, raising=False)
-    with frozen_model(predictor.model), recomputing(predictor, on=True):
-        with pytest.raises((RuntimeError, AttributeError)):
-            losses(predictor)
+    lost = pytest.raises((RuntimeError, AttributeError))
+    with frozen_model(predictor.model), recomputing(predictor, on=True), lost:
+        losses(predictor)
 
 
 def test_gradients_reach_only_what_is_added(predictor: Any) -> None:
@@ -228,7 +230,9 @@ def test_drawn_anchors_have_the_mean_gradient_of_all(predictor: Any) -> None:
     assert torch.nn.functional.cosine_similarity(whole, drawn, dim=0).item() > 0.95
 
 
-def test_a_step_does_not_depend_on_how_its_rows_are_divided(build_predictor: Any, sharp_model: Any) -> None:
+def test_a_step_does_not_depend_on_how_its_rows_are_divided(
+    build_predictor: Any, sharp_model: Any
+) -> None:
     """Two rows at once: the gradient is the mean over all their masks, 21 + 6, not over rows."""
     rows = [Example(one.tolist(), one.tolist(), 0, at) for at, one in
             enumerate((sequence(10)[0], sequence(5)[0]))]  # fmt: skip

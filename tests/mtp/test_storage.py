@@ -58,7 +58,7 @@ def test_peft_alone_gets_the_base_unchanged(stored: Any) -> None:
     """Fails safe: without offsets nothing is switched on, though the LoRA is far from 0."""
     from peft import PeftModel
 
-    folder, predictor = stored
+    folder, _ = stored
     base = load_model(str(folder.parent / "base"), device="cpu")
     ids = torch.arange(5, 15)[None]
     before = base(ids).logits
@@ -95,7 +95,7 @@ def test_peft_refuses_to_merge_it(stored: Any) -> None:
     adapted = PeftModel.from_pretrained(
         load_model(str(folder.parent / "base"), device="cpu"), str(folder)
     )
-    with pytest.raises(Exception, match="(?i)merg"):
+    with pytest.raises(Exception, match=r"(?i)merg"):
         adapted.merge_and_unload()
 
 
@@ -124,7 +124,9 @@ def test_a_tokenizer_of_another_size_is_refused(stored: Any) -> None:
     folder, _ = stored
     base = folder.parent / "base"
     tokenizer = json.loads((base / "tokenizer.json").read_text())
-    tokenizer["added_tokens"].append({**tokenizer["added_tokens"][0], "id": 300, "content": "<more>"})
+    tokenizer["added_tokens"].append(
+        {**tokenizer["added_tokens"][0], "id": 300, "content": "<more>"}
+    )
     (base / "tokenizer.json").write_text(json.dumps(tokenizer))
     with pytest.raises(UserError, match="tokenizer"):
         load_predictor(folder)
@@ -140,7 +142,7 @@ def test_damaged_folders_are_refused(stored: Any) -> None:
     with pytest.raises(UserError, match="has no counterpart"):
         load_predictor(folder)
     (folder / "mtp.safetensors").unlink()
-    with pytest.raises(UserError, match="has no mtp.safetensors"):
+    with pytest.raises(UserError, match=r"has no mtp\.safetensors"):
         load_predictor(folder)
     config = json.loads((folder / "mtp_config.json").read_text())
     (folder / "mtp_config.json").write_text(json.dumps(config | {"format": 99}))
@@ -150,5 +152,5 @@ def test_damaged_folders_are_refused(stored: Any) -> None:
     with pytest.raises(UserError, match="is damaged"):
         load_predictor(folder)
     (folder / "mtp_config.json").unlink()
-    with pytest.raises(UserError, match="no mtp_config.json: it holds no mask predictor"):
+    with pytest.raises(UserError, match=r"no mtp_config\.json: it holds no mask predictor"):
         load_predictor(folder)

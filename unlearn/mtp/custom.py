@@ -70,7 +70,9 @@ def _choice(input_ids: Tensor, warpers: Any, *, sample: bool) -> Choose:
         return greedy
 
     def draw(logits: Tensor) -> Tensor:
-        texts = input_ids.expand(len(logits), -1)  # of the right shape; none of the warpers reads it
+        texts = input_ids.expand(
+            len(logits), -1
+        )  # of the right shape; none of the warpers reads it
         warped = warpers(texts, logits) if warpers else logits
         return torch.multinomial(warped.softmax(-1), 1)[:, 0]
 
@@ -97,8 +99,7 @@ def _check_call(input_ids: Tensor, processors: Any, generation: Any, given: Any)
     cache = given.get("past_key_values")
     if cache is not None and (cache.get_seq_length() or not _grows(cache)):
         raise UserError(
-            f"a {type(cache).__name__} given: the text is read into a cache of its own, which can be "
-            "cut back",
+            f"a {type(cache).__name__} given: drafts need a cache of their own, which is cut back",
             "leave past_key_values and cache_implementation out",
         )
     mask = given.get("attention_mask")

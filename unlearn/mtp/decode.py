@@ -178,9 +178,7 @@ class _State:
         return tokens[: kept + 1], drafted, kept
 
     def _forward(self, regular: int, blocks: tuple[Block, ...]) -> Float[Tensor, "token width"]:
-        offsets, sees, which = (
-            one.to(self.known.device) for one in step_layout(regular, blocks)
-        )
+        offsets, sees, which = (one.to(self.known.device) for one in step_layout(regular, blocks))
         past = self.cache.get_seq_length()
         visible = torch.cat([sees.new_ones(len(sees), past), sees], 1)
         ids = torch.cat([self.known, self.drafts])

@@ -102,7 +102,7 @@ def linear_layers(
         UserError: there are none, or none of that name.
     """
     inside = {id(module) for module in decoder.modules()}
-    found = {
+    found: dict[str, nn.Module] = {
         name: module
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and id(module) in inside

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from unlearn.data.encode import Example
 from unlearn.mtp.layout import Blocks, draw_anchors
-from unlearn.mtp.passes import losses_of, learnt, read_text, recomputing
+from unlearn.mtp.passes import Sums, learnt, losses_of, read_text, recomputing
 from unlearn.mtp.predictor import MaskPredictor
 from unlearn.mtp.settings import TrainSettings
 from unlearn.ranks import Ranks
@@ -63,21 +63,36 @@ class Learner:
         ranks nor a stop changes them.
         """
         rows = [self._row(place, example) for place, example in examples]
-        masks = sum(int(row.blocks.pairs.sum()) for row in rows)
-        sampled = masks + sum(len(row.ntp) for row in rows)
+        masks, sampled = _counts(rows)
         rate = self.settings.learning_rate(self.step)
         for group in self.optimiser.param_groups:
             group["lr"] = rate
         self.optimiser.zero_grad()
-        sums = torch.zeros(4, dtype=torch.float64, device=self.predictor.device)
+        sums = self._none()
         for row in rows[self.ranks.rank :: self.ranks.size]:
-            if bool(row.blocks.pairs.any()):
-                sums += self._backward(row, max(1, masks), max(1, sampled))
+            sums += self._backward(row, masks, sampled)
         self._move()
         self.step += 1
+        return self._told(sums, masks, sampled)
+
+    @torch.no_grad()
+    def measure(self, examples: Sequence[tuple[int, Example]]) -> Told:
+        """Give what sequences that are not learnt from tell; ranks share them."""
+        rows = [self._row(place, example) for place, example in examples]
+        sums = self._none()
+        for row in rows[self.ranks.rank :: self.ranks.size]:
+            text = read_text(self.predictor, row.ids)
+            with self.predictor.gate.open(row.blocks.positions.numel()):
+                found = losses_of(self.predictor, self.settings, text, row.blocks, row.ntp)
+            sums += _stacked(found)
+        return self._told(sums, *_counts(rows))
+
+    def _none(self) -> Tensor:
+        return torch.zeros(4, dtype=torch.float64, device=self.predictor.device)
+
+    def _told(self, sums: Tensor, masks: int, sampled: int) -> Told:
         base, sampler, lcm, right = self.ranks.add(sums).tolist()
-        number = max(1, masks)
-        return Told(base / number, sampler / max(1, sampled), lcm / number, right / number, masks)
+        return Told(base / masks, sampler / sampled, lcm / masks, right / masks, masks)
 
     def _row(self, place: int, example: Example) -> Row:
         device, settings = self.predictor.device, self.settings
@@ -100,8 +115,7 @@ class Learner:
                 loss = (how.base_weight * sums.base + how.lcm_weight * sums.lcm) / masks
                 loss = loss + how.sampler_weight * sums.sampler / sampled
                 loss.backward()
-        told = (sums.base, sums.sampler, sums.lcm, sums.right)
-        return torch.stack([one.detach().double() for one in told])
+        return _stacked(sums)
 
     @torch.no_grad()
     def _move(self) -> None:
@@ -133,6 +147,17 @@ class Learner:
                 for key in ("step", "exp_avg", "exp_avg_sq")
             }
         self.step = int(values["step"])
+
+
+def _counts(rows: Sequence[Row]) -> tuple[int, int]:
+    """Count the masks that learn something, and the positions that the sampler learns at."""
+    masks = sum(int(row.blocks.pairs.sum()) for row in rows)
+    return masks, masks + sum(len(row.ntp) for row in rows)
+
+
+def _stacked(sums: Sums) -> Tensor:
+    told = (sums.base, sums.sampler, sums.lcm, sums.right)
+    return torch.stack([one.detach().double() for one in told])
 
 
 def _placed(value: Tensor, key: str, parameter: Tensor) -> Tensor:

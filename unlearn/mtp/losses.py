@@ -56,7 +56,9 @@ def likeliest(
     head: VocabularyHead, hidden: Float[Tensor, "position width"]
 ) -> Int[Tensor, " position"]:
     """Give the head's choice at each position, in chunks."""
-    return torch.cat([head.logits(one).argmax(-1) for one in hidden.split(piece_size(head, hidden))])
+    return torch.cat(
+        [head.logits(one).argmax(-1) for one in hidden.split(piece_size(head, hidden))]
+    )
 
 
 def own_previous(
@@ -72,4 +74,3 @@ def own_previous(
         for state in hidden.unbind(1)[:-1]:
             found.append(likeliest(predictor.head, sampler(predictor.embed(found[-1]), state)))
     return torch.stack(found, 1)
-

@@ -147,7 +147,9 @@ def recomputing(predictor: MaskPredictor, *, on: bool) -> Iterator[None]:
     Raises:
         UserError: this version of transformers, or this model, cannot do so.
     """
-    layers = [one for one in predictor.model.modules() if isinstance(one, GradientCheckpointingLayer)]
+    layers = [
+        one for one in predictor.model.modules() if isinstance(one, GradientCheckpointingLayer)
+    ]
     if not on:
         yield
         return

@@ -27,7 +27,7 @@ class MaskPredictor:
     """
 
     def __init__(self, model: Any, shape: Shape, *, seed: int = 0) -> None:
-        """Draw mask embeddings with the spread of the table's; LoRA and residual sampler begin at 0.
+        """Draw mask embeddings with the spread of the table's; the LoRA begins at 0.
 
         Raises:
             UserError: a model that this cannot be exact for, or without the layers named.
@@ -63,6 +63,15 @@ class MaskPredictor:
     def detach(self) -> None:
         """Leave the model as it was found."""
         self.lora.detach()
+
+    @contextmanager
+    def detached(self) -> Iterator[None]:
+        """Take the hooks away inside the block: they take time even where they do nothing."""
+        self.lora.detach()
+        try:
+            yield
+        finally:
+            self.lora.attach(self.model)
 
     def trained(self) -> dict[str, nn.Parameter]:
         """Give all parameters that are not the model's, by name."""
@@ -135,7 +144,7 @@ class MaskPredictor:
         """Give the token of the largest logit; scaling and soft caps do not change which it is."""
         if among is None:
             return self.head.logits(hidden[None])[0].argmax()
-        linear = self.head.linear
+        linear: Any = self.head.linear
         scores = linear.weight[among] @ hidden
         if getattr(linear, "bias", None) is not None:
             scores = scores + linear.bias[among]

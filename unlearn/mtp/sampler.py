@@ -15,8 +15,8 @@ class SamplerHead(nn.Module):
 
     ``paper``: the blocks' output takes the place of the hidden state. The last gain is set so that
     it begins with the size that hidden states have (``root_mean_square``), which the paper leaves
-    open. ``residual``, not of the paper: ``z + Linear(first block)``, whose last map begins at 0, so
-    that the head begins as the base's own.
+    open. ``residual``, not of the paper: ``z + Linear(first block)``, whose last map begins at 0,
+    so that the head begins as the base's own.
     """
 
     def __init__(self, width: int, kind: SamplerKind, *, root_mean_square: float = 1.0) -> None:

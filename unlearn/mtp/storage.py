@@ -177,7 +177,7 @@ def fill(predictor: MaskPredictor, tensors: Mapping[str, Tensor], folder: str) -
     if set(own) != set(tensors):
         odd = sorted(set(own) ^ set(tensors))
         raise UserError(
-            f"'{folder}' does not fit {type(predictor.model).__name__}: {odd[0]} has no counterpart",
+            f"'{folder}' does not fit the model: {odd[0]} has no counterpart",
             "give the model it was trained on",
         )
     for name, parameter in own.items():

@@ -22,6 +22,14 @@ from unlearn.ranks import Ranks
 Emit = Callable[[dict[str, Any]], None]
 
 
+@dataclass(frozen=True)
+class Trained:
+    """A trained predictor, and its figures on rows it has not seen."""
+
+    predictor: MaskPredictor
+    metrics: Mapping[str, float]
+
+
 @dataclass
 class Training:
     """A training under way; ``checkpoint`` is the file it goes on from, None to keep none."""
@@ -74,6 +82,11 @@ class Training:
                     self.save()
         return told
 
+    def measure(self) -> dict[str, float]:
+        """Measure on the rows held out; nothing where there are none."""
+        rows = [(row, self.examples[row]) for row in self.held_out]
+        return asdict(self.learner.measure(rows)) if rows else {}
+
     def _batch(self, step: int) -> list[tuple[int, Example]]:
         """Give the sequences of a step: a pure function of the seed."""
         size, number = self.settings.batch, len(self.rows)
@@ -121,7 +134,7 @@ def train_predictor(
     checkpoint: Path | None = None,
     identity: Mapping[str, Any] | None = None,
     emit: Emit = lambda event: None,
-) -> MaskPredictor:
+) -> Trained:
     """Train a mask predictor beside a frozen model on tokenised rows.
 
     The same seed gives the same predictor, whether the training was interrupted or not (bit for bit
@@ -132,8 +145,9 @@ def train_predictor(
             training.
     """
     predictor = MaskPredictor(model, settings.shape, seed=settings.seed)
-    Training(predictor, examples, settings, checkpoint, identity, emit).run()
-    return predictor
+    training = Training(predictor, examples, settings, checkpoint, identity, emit)
+    training.run()
+    return Trained(predictor, training.measure())
 
 
 def _is_long_enough(example: Example) -> bool:
