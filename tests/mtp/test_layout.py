@@ -89,14 +89,14 @@ def test_a_budget_goes_where_it_is_likeliest_to_be_used() -> None:
     .405 and .2025 each. Four masks: both of places 1 and 2; five: the first of place 0 too.
     """
     budget = Budget(2, 4)
-    budget.right = [0.9, 0.5]
+    budget.counts = [(9.0, 10.0), (1.0, 2.0)]
     assert budget.blocks(2) == ((1, 2), (2, 2))
     budget.masks = 5
     assert budget.blocks(2) == ((0, 1), (1, 2), (2, 2))
     budget.saw(2, 0)
-    assert budget.right == [pytest.approx(0.9 * 0.95), 0.5]
+    assert budget.right == [pytest.approx(9 * 0.95 / (10 * 0.95 + 1)), 0.5]
     budget.saw(2, 1)
-    assert budget.right == [pytest.approx(0.9 * 0.95**2 + 0.05), pytest.approx(0.475)]
+    assert budget.right[1] == pytest.approx(0.95 / (2 * 0.95 + 1))
 
 
 class Printed(Linear):

@@ -128,7 +128,7 @@ def test_without_the_read_only_mark_the_text_would_be_lost(
 
     monkeypatch.setattr(passes, "READS", "_another_name")
     monkeypatch.setattr(passes.GradientCheckpointingLayer, "_another_name", False, raising=False)
-    lost = pytest.raises((RuntimeError, AttributeError))
+    lost = pytest.raises(Exception, match="None")
     with frozen_model(predictor.model), recomputing(predictor, on=True), lost:
         losses(predictor)
 
@@ -257,6 +257,6 @@ def test_a_step_does_not_depend_on_how_its_rows_are_divided(
 
 def test_settings_under_which_nothing_is_learnt_are_refused() -> None:
     with pytest.raises(UserError, match="nothing would be trained"):
-        TrainSettings(base_weight=0, lcm_weight=0, sampler="none")
+        TrainSettings(base_weight=0.0, lcm_weight=0.0, sampler="none")
     with pytest.raises(UserError, match="sampler_on_ntp"):
         TrainSettings(sampler="none", sampler_on_ntp=True)

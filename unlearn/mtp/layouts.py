@@ -4,7 +4,7 @@ A step checks q drafted tokens, so the verified text may end at any of q + 1 pla
 anchored where it does end gives drafts for the next step. What is written never depends on this.
 """
 
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 from unlearn.errors import unknown
 from unlearn.mtp.layout import Block
@@ -13,6 +13,7 @@ LayoutName = Literal["linear", "quadratic", "budget"]
 LAYOUTS = ("linear", "quadratic", "budget")
 
 
+@runtime_checkable
 class Layout(Protocol):
     """Chooses blocks, and is told how many drafts were right."""
 
@@ -56,25 +57,31 @@ class Budget:
     """The ``masks`` masks a step that are likeliest to be used, from what was accepted so far.
 
     Mask j of the block at place g is worth P(the text ends at g) P(at least j drafts are right),
-    both from running means; the most valuable are carried. Not of the paper.
+    both from means that forget; the most valuable are carried. Not of the paper.
     """
 
     KEEP = 0.95
+    BEGIN = (1.5, 2.0)
+    """As if so many drafts had been right, of so many, at each place."""
 
     def __init__(self, k: int, masks: int | None = None) -> None:
         self.k, self.masks = k, masks or 2 * k
-        self.right = [0.5] * k
-        """Chance that draft j is right when those before it are, j from 0."""
+        self.counts = [self.BEGIN] * k
+
+    @property
+    def right(self) -> list[float]:
+        """Give the chance that draft j is right when those before it are, j from 0."""
+        return [right / checked for right, checked in self.counts]
 
     def blocks(self, drafted: int) -> tuple[Block, ...]:
-        reached, ends = 1.0, []
-        for chance in self.right[:drafted]:
+        reached, ends, right = 1.0, [], self.right
+        for chance in right[:drafted]:
             ends.append(reached * (1 - chance))
             reached *= chance
         ends.append(reached)
         worth, used = [], 1.0
         for j in range(self.k):
-            used *= self.right[j]
+            used *= right[j]
             worth += [(-end * used, place, j) for place, end in enumerate(ends)]
         lengths = [0] * (drafted + 1)
         for _, place, j in sorted(worth)[: self.masks]:
@@ -83,8 +90,8 @@ class Budget:
 
     def saw(self, drafted: int, accepted: int) -> None:
         for j in range(min(accepted + 1, drafted)):
-            was_right = float(j < accepted)
-            self.right[j] = self.KEEP * self.right[j] + (1 - self.KEEP) * was_right
+            right, checked = self.counts[j]
+            self.counts[j] = (self.KEEP * right + (j < accepted), self.KEEP * checked + 1)
 
 
 def layout_named(name: str, k: int, masks: int | None = None) -> Layout:

@@ -131,7 +131,7 @@ class Teaching:
         return cross_entropy(head, hidden, labels).sum()
 
 
-def learnt(labels: Int[Tensor, " token"]) -> Int[Tensor, " token"]:
+def learnt(labels: Int[Tensor, " token"]) -> Int[Tensor, " position"]:
     """Give the ordinary positions whose next token is to be learnt."""
     return (labels[1:] != IGNORED).nonzero()[:, 0]
 
