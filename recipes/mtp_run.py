@@ -9,9 +9,9 @@ from unlearn import models
 from unlearn.data import Template, encode, load_rows, pad_token_id
 from unlearn.data.encode import Example
 from unlearn.kinds import require_plain
-from unlearn.mtp.cache import require_croppable
+from unlearn.mtp.predictor import MaskPredictor
 from unlearn.mtp.storage import save_predictor
-from unlearn.mtp.train import train_predictor
+from unlearn.mtp.train import Training
 from unlearn.ranks import Ranks
 from unlearn.recipes.inputs import check_model_folder
 from unlearn.recipes.mtp import (
@@ -65,18 +65,14 @@ def run_mtp(
     examples = examples_of(recipe, source, tokenizer)
     emit({"event": "stage", "stage": "load"})
     model = models.load_model(source)
-    require_croppable(model)
+    identity = {"model": models.weights_hash(model)}
+    predictor = MaskPredictor(model, settings.shape, seed=settings.seed)
+    told = _logged(emit, out, ranks)
+    training = Training(predictor, examples, settings, out / CHECKPOINT, identity, told)
     ranks.first(lambda: write_atomic(out / RECIPE, dump(recipe)))
     emit({"event": "stage", "stage": "training the mask predictor"})
-    trained = train_predictor(
-        model,
-        examples,
-        settings,
-        checkpoint=out / CHECKPOINT,
-        identity={"model": models.weights_hash(model)},
-        emit=_logged(emit, out, ranks),
-    )
-    metrics = dict(trained.metrics)
+    training.run()
+    metrics = training.measure()
     results = {
         "method": recipe.method,
         "out": str(out),
@@ -91,7 +87,7 @@ def run_mtp(
 
     def write() -> None:
         about = {"metrics": metrics, "settings": asdict(settings)}
-        save_predictor(trained.predictor, out / MODEL, source, tokenizer, about=about)
+        save_predictor(predictor, out / MODEL, source, tokenizer, about=about)
         write_json(out / RESULTS, results)
         (out / CHECKPOINT).unlink(missing_ok=True)
 

@@ -159,7 +159,7 @@ slow = pytest.mark.slow
 @pytest.mark.parametrize(
     ("layout", "runs"),
     [
-        ("quadratic", 400),
+        ("quadratic", 250),
         *(pytest.param(layout, 4000, marks=slow) for layout in LAYOUTS),
     ],
 )
