@@ -40,7 +40,7 @@ def compare(model: Any, prompts: int, steps: int, tokens: int) -> float:
                 prompt.tolist(),
                 max_new_tokens=tokens,
                 drafting=Drafting(layout),
-                stops=frozenset([model.config.eos_token_id]),
+                stops=frozenset({model.config.eos_token_id} - {None}),
             )
             assert found.tokens == plain[0, len(prompt) :].tolist(), (layout, place)
             rates.append(found.tokens_per_step)
@@ -53,8 +53,12 @@ def test_a_story_is_the_same(shared: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["stories260k", "tofu-tiny-target"])
-def test_two_hundred_texts_are_the_same(shared: Path, name: str) -> None:
+def test_two_hundred_stories_are_the_same(shared: Path) -> None:
     """Every layout, drafts of a trained predictor: more than one token per step is written."""
-    model = load_model(str(shared / "models" / name), device="cpu")
-    assert compare(model, prompts=200, steps=40, tokens=40) > 1.1
+    model = load_model(str(shared / "models" / "stories260k"), device="cpu")
+    assert compare(model, prompts=200, steps=40, tokens=30) > 1.1
+
+
+@pytest.mark.slow
+def test_two_hundred_texts_of_a_trained_model_are_the_same(counting: Any) -> None:
+    assert compare(counting[0], prompts=200, steps=40, tokens=30) > 1.3

@@ -34,41 +34,9 @@ def program() -> Any:
     return module
 
 
-def counting_model() -> Any:
-    """A Llama that has learnt to count in steps of one to three, told by the first token.
-
-    Tokens 4 … 23; the text goes on from its last number by the step that the first token names.
-    """
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=24, hidden_size=48, intermediate_size=96, num_hidden_layers=2,
-            num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=64,
-            eos_token_id=None, pad_token_id=0, bos_token_id=1,
-        )
-    )  # fmt: skip
-    optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for step in range(120):
-        ids = torch.tensor([counted(16, 100 * step + row) for row in range(16)])
-        loss = model(input_ids=ids, labels=ids).loss
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-    return model.eval().requires_grad_(False)
-
-
-def counted(length: int, seed: int) -> list[int]:
-    generator = torch.Generator().manual_seed(seed)
-    step = int(torch.randint(1, 4, (), generator=generator))
-    start = int(torch.randint(20, (), generator=generator))
-    return [step, *(4 + (start + step * place) % 20 for place in range(length - 1))]
-
-
-def test_drafts_become_right_and_the_text_stays() -> None:
+def test_drafts_become_right_and_the_text_stays(counting: Any) -> None:
     """Over four texts: hardly a draft is right before training; above 2 tokens per step after."""
-    model = counting_model()
+    model, counted = counting
     rows = [Example(ids, ids, 0, at) for at, ids in enumerate(counted(20, n) for n in range(64))]
     how = TrainSettings(
         k=3, rank=8, steps=60, batch=8, anchors=12, lr=1e-2, labels="self", held_out=4
