@@ -160,7 +160,7 @@ slow = pytest.mark.slow
     ("layout", "runs"),
     [
         ("quadratic", 250),
-        *(pytest.param(layout, 4000, marks=slow) for layout in LAYOUTS),
+        *(pytest.param(layout, 1000, marks=slow) for layout in LAYOUTS),
     ],
 )
 def test_sampled_text_has_the_models_distribution(
