@@ -95,6 +95,7 @@ def draw_anchors(
 
 
 @lru_cache(maxsize=256)
+@torch.inference_mode(False)  # what is kept may be used with gradients too
 def step_layout(
     regular: int, blocks: tuple[Block, ...]
 ) -> tuple[Int[Tensor, " token"], Bool[Tensor, "token token"], Int[Tensor, " mask"]]:
