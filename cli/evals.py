@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from unlearn.cli.entry import Json, Offline, go_offline, say
+from unlearn.cli.mtp import EVAL as MTP
+from unlearn.cli.mtp import measure as mtp
 from unlearn.cli.progress import Emit, listening
 from unlearn.cli.ranks import require_one_process
 from unlearn.cli.tofu import EPILOG, tofu
@@ -24,6 +26,7 @@ app = typer.Typer(
 )
 
 app.command(epilog=EPILOG)(tofu)
+app.command("mtp", epilog=MTP)(mtp)
 
 GIVEN, HOW = "What is measured", "How it is measured"
 START = {"event": "stage", "stage": "reading the data"}

@@ -13,6 +13,7 @@ from unlearn.cli import (
     edit,
     evals,
     jobs,
+    mtp,
     reapply,
     recipes,
     report,
@@ -24,6 +25,7 @@ from unlearn.cli import pairs as pairs_data
 from unlearn.cli.entry import Json, Offline, go_offline, guarded, naming, say
 from unlearn.cli.options import (
     HOW,
+    Data,
     Forget,
     Lora,
     Map,
@@ -103,6 +105,7 @@ def run(
     retain: Retain = None,
     pairs: Pairs = None,
     text: Text = None,
+    data_: Data = None,
     out: Out = None,
     map_: Map = None,
     recipe: Preset = None,
@@ -118,7 +121,20 @@ def run(
     offline: Offline = False,
     json: Json = False,
 ) -> None:
-    """Unlearn: train a model to lose the forget set and keep the retain set. Or post-train it."""
+    """Unlearn: train a model to lose the forget set and keep the retain set. Or post-train it.
+
+    METHOD mtp trains what lets a model write faster instead (docs/mtp.md).
+    """
+    if mtp.is_method(method):
+        changes = mtp.changes_of(map_, model=model, data=data_, out=out)
+        unknown = {"--forget": forget, "--retain": retain, "--pairs": pairs, "--text": text,
+                   "--lora": lora, "--nproc": nproc, "--engine": engine, "--nnodes": nnodes,
+                   "--rdzv": rdzv, "--forget-select": forget_select,
+                   "--forget-fraction": forget_fraction,
+                   "--forget-indices": forget_indices}  # fmt: skip
+        mtp.run(method, recipe, changes, set_ or [], unknown, offline=offline, json=json)
+        return
+    mtp.require_no_data(data_)
     changes = changes_of(
         map_, model=model, forget=forget, retain=retain, pairs=pairs, text=text, out=out
     )
@@ -357,6 +373,7 @@ def _show(results: dict[str, Any], *, json: bool) -> None:
 
 
 app.command(rich_help_panel=RUNS, epilog=sweep.EPILOG)(sweep.sweep)
+app.command(rich_help_panel=AFTER, epilog=mtp.GENERATE)(mtp.generate)
 app.command(rich_help_panel=RUNS, epilog=reapply.EPILOG)(reapply.reapply)
 
 # here and not above, because panels of the help follow the order of the commands

@@ -44,6 +44,15 @@ Text = Annotated[
     str | None,
     typer.Option(metavar="SOURCE", help="To post-train: rows to train on.", rich_help_panel=GIVEN),
 ]
+Data = Annotated[
+    str | None,
+    typer.Option(
+        "--data",
+        metavar="SOURCE",
+        help="For METHOD mtp, instead of both: texts, in the same form.",
+        rich_help_panel=GIVEN,
+    ),
+]
 Out = Annotated[
     Path | None,
     typer.Option(metavar="FOLDER", help="New folder for the run.", rich_help_panel=GIVEN),

@@ -12,7 +12,7 @@ import torch
 import typer
 from pydantic import PositiveFloat
 
-from unlearn.cli import detect, entry, main
+from unlearn.cli import detect, entry, main, mtp
 from unlearn.cli.data import columns_of
 from unlearn.data.people import demo_folder
 from unlearn.detect.settings import SCORES
@@ -22,6 +22,7 @@ from unlearn.objectives import OBJECTIVES, Objective, batch_loss, token
 from unlearn.recipes import files
 from unlearn.recipes.detection import load_detection
 from unlearn.recipes.mistakes import find_mistakes
+from unlearn.recipes.mtp import load_mtp
 from unlearn.recipes.overrides import ALIASES, locate
 from unlearn.recipes.schema import Recipe
 from unlearn.recipes.yaml_text import parse as parse_yaml
@@ -96,6 +97,11 @@ def test_a_command_is_understood_and_its_recipe_is_valid(
     Path("my_loss.py").write_text(blocks("python")[2], encoding="utf-8")
     name, given = parse(words)
     if name not in ("unlearn run", "unlearn plan"):
+        return
+    if given["method"] == "mtp":
+        out = given["out"] or "runs/a"
+        named = mtp.changes_of(None, model=given["model"], data=given["data_"], out=out)
+        load_mtp("mtp", given["recipe"], named, given["set_"] or []).require_runnable()
         return
     changes: dict[str, Any] = {"out": "runs/a"}
     sections = {name: ("data", name) for name in ("forget", "retain", "pairs", "text")}

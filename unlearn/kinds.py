@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 KINDS = {
     "uld_config.json": "unlearn.assistant.artefact",
     "sae_clamp.json": "unlearn.sae.artefact",
+    "mtp_config.json": "unlearn.mtp.storage",
 }
 """File that marks a folder of another kind -> the module that knows it.
 

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from unlearn.errors import Interrupted, RunFailed, UserError
+from unlearn.kept import Kept
 from unlearn.ranks import Ranks
 from unlearn.sae.corpus import Corpus
 from unlearn.sae.dictionary import OF_BATCH, Dictionary
 from unlearn.sae.hook import Hook
-from unlearn.sae.kept import keep, kept
 from unlearn.sae.learner import Learner, Told
 from unlearn.sae.measure import fidelity, held_out_activations, recovery
 from unlearn.sae.settings import TrainSettings
@@ -130,11 +130,11 @@ class Training:
         tensors = {f"learner.{n}": one for n, one in learnt.items()}
         tensors |= {f"stream.{n}": one for n, one in read.items()}
         about = {"learner": values, "stream": place, "scale": self.scale}
-        path = self.checkpoint
-        self.ranks.first(lambda: keep(path, tensors, about, self.names))
+        kept = _kept(self.checkpoint)
+        self.ranks.first(lambda: kept.write(tensors, about, self.names))
 
     def _resume(self) -> None:
-        found = self.checkpoint and kept(self.checkpoint, self.names)
+        found = self.checkpoint and _kept(self.checkpoint).read(self.names)
         begun = self.ranks.add(torch.tensor([int(bool(found))]))
         if int(begun) not in (0, self.ranks.size):
             raise UserError(
@@ -172,6 +172,10 @@ def train_dictionary(
     """
     source = Activations(model, corpus, settings.layer, pad_id)
     return Training(source, settings, checkpoint, identity, emit).run()
+
+
+def _kept(path: Path) -> Kept:
+    return Kept(path, "unlearn-sae-training-1", "training of a dictionary")
 
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

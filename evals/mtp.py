@@ -1,0 +1,379 @@
+"""How fast a model writes with drafts, and that it writes the same: against plain decoding.
+
+Every prompt is continued twice, greedily, once token by token and once with drafts, in turns (which
+comes first alternates), on the same machine and in the same process.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from matplotlib.ticker import MaxNLocator
+from torch import Tensor
+from transformers import DynamicCache
+
+from unlearn import models
+from unlearn.errors import RunFailed, UserError
+from unlearn.evals.generate import Progress, Sampling, max_positions, stop_ids, text_of
+from unlearn.evals.generate import written as written_answers
+from unlearn.evals.questions import Questions
+from unlearn.evals.report.plots import LINES, Plot, drawing, tidy, to_plot
+from unlearn.models import ModelSource
+from unlearn.mtp.decode import Drafting, Sampled, Written, decode, greedy
+from unlearn.mtp.predictor import MaskPredictor
+from unlearn.mtp.storage import CONFIG, Stored, base_of, load_predictor
+from unlearn.runs import write_atomic, write_json
+
+Emit = Callable[[dict[str, Any]], None]
+
+TIE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.5, torch.float16: 0.1}
+"""Logits closer than this may change places by rounding: other shapes, other sums."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One prompt, continued in both ways."""
+
+    domain: str
+    drafted: Written
+    plain_seconds: float
+    drafted_seconds: float
+    tied: bool
+    """The texts part where two tokens were equally likely up to rounding."""
+
+    @property
+    def speedup(self) -> float:
+        """Give the tokens per second with drafts, as a multiple of those without."""
+        return self.plain_seconds / self.drafted_seconds
+
+
+@torch.inference_mode()
+def plain_decode(
+    model: Any, prompt: Sequence[int], *, max_new_tokens: int, stops: frozenset[int]
+) -> tuple[list[int], list[float]]:
+    """Write a greedy continuation token by token with a cache, as everyone does.
+
+    Gives the tokens, and for each how far its logit was above the next best.
+    """
+    cache = DynamicCache(config=model.config)
+    ids = torch.tensor([list(prompt)], device=next(model.parameters()).device)
+    tokens: list[int] = []
+    tops: list[Tensor] = []
+    while len(tokens) < max_new_tokens:
+        output = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        logits = output.logits[0, -1]
+        tops.append(logits.topk(2).values)
+        ids = logits.argmax()[None, None]
+        tokens.append(int(ids))
+        if tokens[-1] in stops:
+            break
+    gaps = [float(top[0] - top[1]) for top in tops]
+    return tokens, gaps
+
+
+def measure_drafts(
+    predictor: MaskPredictor,
+    tokenizer: Any,
+    prompts: Mapping[str, Sequence[Sequence[int]]],
+    *,
+    max_new_tokens: int,
+    drafting: Drafting | None = None,
+    progress: Progress = lambda done, total: None,
+) -> list[Measured]:
+    """Continue all prompts, by domain, in both ways.
+
+    Raises:
+        RunFailed: a text is not what plain decoding writes, and not by a tie up to rounding.
+        UserError: no prompts.
+    """
+    if not any(prompts.values()):
+        raise UserError("there is nothing to continue", "give prompts")
+    model = predictor.model
+    stops, most = stop_ids(model, tokenizer), max_positions(model)
+    found: list[Measured] = []
+    every = [(domain, prompt) for domain, several in prompts.items() for prompt in several]
+    for turn, (domain, prompt) in enumerate(every):
+        room = max(1, min(max_new_tokens, most - len(prompt)))
+
+        both = _Both(predictor, prompt, room, stops, drafting)
+        if turn == 0:  # what is done once only is not measured
+            both.plain(), both.drafted()
+        if turn % 2:
+            (told, seconds), (written, faster) = both.plain(), both.drafted()
+        else:
+            (written, faster), (told, seconds) = both.drafted(), both.plain()
+        tied = _compare(predictor, written.tokens, *told, place=turn + 1)
+        found.append(Measured(domain, written, seconds, faster, tied))
+        progress(turn + 1, len(every))
+    return found
+
+
+@dataclass(frozen=True)
+class _Both:
+    """The two ways to continue a prompt, each with its seconds."""
+
+    predictor: MaskPredictor
+    prompt: Sequence[int]
+    room: int
+    stops: frozenset[int]
+    drafting: Drafting | None
+
+    def plain(self) -> tuple[tuple[list[int], list[float]], float]:
+        model = self.predictor.model
+        with self.predictor.detached():
+            return _timed(
+                lambda: plain_decode(model, self.prompt, max_new_tokens=self.room, stops=self.stops)
+            )
+
+    def drafted(self) -> tuple[Written, float]:
+        return _timed(
+            lambda: decode(
+                self.predictor,
+                self.prompt,
+                max_new_tokens=self.room,
+                stops=self.stops,
+                drafting=self.drafting,
+            )
+        )
+
+
+def _timed(work: Callable[[], Any]) -> tuple[Any, float]:
+    begun = time.perf_counter()
+    found = work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return found, time.perf_counter() - begun
+
+
+def _compare(
+    predictor: MaskPredictor, ours: list[int], theirs: list[int], gaps: list[float], *, place: int
+) -> bool:
+    """Tell whether texts part at a tie; they may part nowhere else."""
+    if ours == theirs:
+        return False
+    at = next(
+        (i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b),
+        min(len(ours), len(theirs)),
+    )
+    gap = gaps[at] if at < len(gaps) else float("inf")
+    if gap > TIE[predictor.dtype]:
+        raise RunFailed(
+            f"prompt {place}: token {at + 1} is {ours[at : at + 1]} with drafts, "
+            f"{theirs[at : at + 1]} without, whose logit is higher by {gap:.3g}",
+            "drafts must not change the text: please report this model",
+        )
+    return True
+
+
+def summary(found: Sequence[Measured]) -> dict[str, Any]:
+    """Put prompts together: figures over all of them, and of every domain.
+
+    ``tokens_per_step``: all tokens over all forward passes. ``acceptance``: for draft 1, 2, …, how
+    often it was right where it was checked and those before it were. ``speedup``: median over
+    prompts of the ratio of seconds; ``tokens_per_second``: all tokens over all seconds.
+    """
+    domains = list(dict.fromkeys(one.domain for one in found))
+    parts = {name: _figures([one for one in found if one.domain == name]) for name in domains}
+    return {"all": _figures(found), "domains": parts}
+
+
+def _figures(found: Sequence[Measured]) -> dict[str, Any]:
+    tokens = sum(len(one.drafted.tokens) for one in found)
+    steps = sum(one.drafted.steps for one in found)
+    together = Written(kept=[pair for one in found for pair in one.drafted.kept])
+    positions = together.by_position()
+    return {
+        "prompts": len(found),
+        "tokens": tokens,
+        "tokens_per_step": tokens / steps,
+        "acceptance": [right / checked for checked, right in positions],
+        "checked": [checked for checked, _ in positions],
+        "tokens_per_second": tokens / sum(one.drafted_seconds for one in found),
+        "plain_tokens_per_second": tokens / sum(one.plain_seconds for one in found),
+        "speedup": median(one.speedup for one in found),
+        "identical": sum(not one.tied for one in found),
+        "tied": sum(one.tied for one in found),
+    }
+
+
+def acceptance_plot(told: Mapping[str, Any]) -> Plot:
+    """Draw how often the first, second, … draft is right, one line per domain."""
+    with drawing(2.6) as figure:
+        axes = figure.add_subplot()
+        for place, (name, part) in enumerate(told["domains"].items()):
+            shares = part["acceptance"]
+            at = range(1, len(shares) + 1)
+            axes.plot(at, shares, marker="o", color=LINES[place % len(LINES)], label=name)
+        axes.set_ylim(0, 1.02)
+        axes.set_xlabel("draft")
+        axes.set_ylabel("right, after right ones")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if len(told["domains"]) > 1:
+            axes.legend()
+        tidy(axes)
+        return to_plot(figure, "acceptance", "How often each draft is right")
+
+
+@dataclass(frozen=True)
+class Writing:
+    """How prompts are put and continued."""
+
+    max_new_tokens: int = 100
+    template: str | None = None
+    drafting: Drafting = field(default_factory=Drafting)
+
+
+def evaluate(
+    source: ModelSource,
+    prompts: Sequence[str],
+    writing: Writing,
+    *,
+    base: ModelSource | None = None,
+    out: Path | None = None,
+    emit: Emit = lambda event: None,
+) -> dict[str, Any]:
+    """Measure the predictor in a folder on prompts, ``NAME=SOURCE`` or ``SOURCE`` per domain.
+
+    ``base``: where its base is, when that is not where the folder says. With ``out``, writes
+    ``results.json`` and ``acceptance.svg`` there.
+
+    Raises:
+        UserError: whatever is wrong with the folder, its base or the prompts.
+        RunFailed: a text is not what plain decoding writes.
+    """
+    writing.drafting.made(Stored.read(source).shape.k)
+    plain = base or base_of(source)
+    models.check_source(plain)
+    tokenizer = models.load_tokenizer(plain)
+    asked = {
+        name: Questions.gather(
+            [],
+            place,
+            offline=source.offline,
+            template=writing.template,
+            max_new_tokens=writing.max_new_tokens,
+        ).ids(plain, tokenizer)
+        for name, place in map(_domain, prompts)
+    }
+    predictor = load_predictor(source.path, plain)
+
+    def progress(done: int, total: int) -> None:
+        emit({"event": "progress", "what": "writing twice", "done": done, "total": total})
+
+    found = measure_drafts(
+        predictor,
+        tokenizer,
+        asked,
+        max_new_tokens=writing.max_new_tokens,
+        drafting=writing.drafting,
+        progress=progress,
+    )
+    told = {"predictor": source.path, "base": plain.path, "drafting": vars(writing.drafting)}
+    told |= summary(found) | {"out": str(out) if out else None}
+    if out is not None:
+        write_json(out / "results.json", told | {"rows": [_row(one) for one in found]})
+        write_atomic(out / "acceptance.svg", acceptance_plot(told).standalone())
+    return told
+
+
+def _domain(spec: str) -> tuple[str, str]:
+    """Read ``NAME=SOURCE``; a source alone is named by its file."""
+    name, mark, place = spec.partition("=")
+    if mark and name.replace("-", "").replace("_", "").isalnum():
+        return name, place
+    return Path(spec.partition(":")[0]).stem or spec, spec
+
+
+def _row(one: Measured) -> dict[str, Any]:
+    return {
+        "domain": one.domain,
+        "tokens": len(one.drafted.tokens),
+        "steps": one.drafted.steps,
+        "seconds": one.drafted_seconds,
+        "plain_seconds": one.plain_seconds,
+        "tied": one.tied,
+    }
+
+
+def answers(
+    source: ModelSource,
+    questions: Questions,
+    *,
+    mtp: Path | None = None,
+    drafting: Drafting | None = None,
+    temperature: float = 0.0,
+    seed: int = 0,
+    emit: Emit = lambda event: None,
+) -> dict[str, Any]:
+    """Write the answers of a model, with the drafts of a predictor where there is one.
+
+    ``mtp`` is the predictor's folder; ``source`` may be one itself. At temperature 0 greedy.
+
+    Raises:
+        UserError: whatever is wrong with the model, the predictor or the prompts.
+    """
+    models.check_source(source)
+    folder = mtp or (Path(source.path) if (Path(source.path) / CONFIG).is_file() else None)
+    base = base_of(source) if folder and mtp is None else source
+    tokenizer = models.load_tokenizer(base)
+    prompts = questions.ids(base, tokenizer)
+    if folder is None:
+        return _plain_answers(base, tokenizer, prompts, questions, temperature, seed)
+    drafting = drafting or Drafting()
+    drafting.made(Stored.read(replace(source, path=str(folder))).shape.k)
+    predictor = load_predictor(folder, base)
+    stops, most = stop_ids(predictor.model, tokenizer), max_positions(predictor.model)
+    rows, tokens, steps = [], 0, 0
+    generator = torch.Generator(predictor.device).manual_seed(seed)
+    choose = Sampled(temperature, generator) if temperature else greedy
+    for place, prompt in enumerate(prompts):
+        room = max(0, min(questions.max_new_tokens, most - len(prompt)))
+        written = decode(
+            predictor, prompt, max_new_tokens=room, stops=stops, drafting=drafting, choose=choose
+        )
+        rows.append(_answered(questions, place, tokenizer, written.tokens))
+        tokens, steps = tokens + len(written.tokens), steps + written.steps
+        emit({"event": "progress", "what": "writing", "done": place + 1, "total": len(prompts)})
+    per_step = tokens / max(1, steps)
+    return {"model": base.path, "mtp": str(folder), "rows": rows} | {
+        "tokens": tokens, "steps": steps, "tokens_per_step": per_step,
+    }  # fmt: skip
+
+
+def _plain_answers(
+    source: ModelSource,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    questions: Questions,
+    temperature: float,
+    seed: int,
+) -> dict[str, Any]:
+    model, most = models.load_model(source), questions.max_new_tokens
+    sampling = None
+    if temperature:
+        generator = torch.Generator().manual_seed(seed)
+        numbers = torch.rand(len(prompts), most, generator=generator, dtype=torch.float64)
+        sampling = Sampling(temperature, numbers.tolist())
+    found: list[list[int]] = [[] for _ in prompts]
+    for places, written in written_answers(
+        model, tokenizer, prompts, max_new_tokens=most, sampling=sampling
+    ):
+        for place, answer in zip(places, written, strict=True):
+            found[place] = answer.tokens
+    rows = [_answered(questions, at, tokenizer, tokens) for at, tokens in enumerate(found)]
+    tokens = sum(map(len, found))
+    return {"model": source.path, "mtp": None, "rows": rows} | {
+        "tokens": tokens, "steps": None, "tokens_per_step": None,
+    }  # fmt: skip
+
+
+def _answered(
+    questions: Questions, place: int, tokenizer: Any, tokens: list[int]
+) -> dict[str, Any]:
+    row = questions.rows[place]
+    prompt = str(row.get("question") or row.get("prompt") or row.get("text") or "")
+    return {"prompt": prompt, "text": text_of(tokenizer, tokens), "tokens": len(tokens)}

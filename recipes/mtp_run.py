@@ -1,0 +1,127 @@
+"""The run of a mask predictor's recipe: a folder with the predictor and its figures."""
+
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from unlearn import models
+from unlearn.data import Template, encode, load_rows, pad_token_id
+from unlearn.data.encode import Example
+from unlearn.kinds import require_plain
+from unlearn.mtp.predictor import MaskPredictor
+from unlearn.mtp.storage import save_predictor
+from unlearn.mtp.train import Training
+from unlearn.ranks import Ranks
+from unlearn.recipes.inputs import check_model_folder
+from unlearn.recipes.mtp import (
+    CHECKPOINT,
+    LOGGED,
+    MODEL,
+    RECIPE,
+    RESULTS,
+    MtpRecipe,
+    check_folder,
+    dump,
+)
+from unlearn.runs import RunFolder, command_line, versions, write_atomic, write_json
+
+Emit = Callable[[dict[str, Any]], None]
+
+
+def source_of(recipe: MtpRecipe, *, offline: bool = False) -> models.ModelSource:
+    """Give the recipe's model section as the library's own type."""
+    section = recipe.model
+    assert section.path is not None  # require_runnable
+    return models.ModelSource(
+        section.path,
+        section.dtype,
+        section.revision,
+        section.trust_remote_code,
+        section.quantize,
+        offline,
+    )
+
+
+def run_mtp(
+    recipe: MtpRecipe, *, emit: Emit = lambda event: None, offline: bool = False
+) -> dict[str, Any]:
+    """Train a mask predictor into a folder: ``model/``, and ``results.json`` last.
+
+    While it is trained, ``training.safetensors`` holds what it goes on from: the same call does so.
+
+    Raises:
+        UserError: whatever is wrong with the model, the texts, the settings or the folder.
+    """
+    recipe.require_runnable()
+    settings, out, ranks = recipe.settings, Path(str(recipe.out)), Ranks.world()
+    check_model_folder(recipe.model.path)
+    ranks.first(lambda: check_folder(out))
+    source = source_of(recipe, offline=offline)
+    models.check_source(source)
+    require_plain(source)
+    emit({"event": "stage", "stage": "reading the texts"})
+    tokenizer = models.load_tokenizer(source)
+    examples = examples_of(recipe, source, tokenizer)
+    emit({"event": "stage", "stage": "load"})
+    model = models.load_model(source)
+    identity = {"model": models.weights_hash(model)}
+    predictor = MaskPredictor(model, settings.shape, seed=settings.seed)
+    told = _logged(emit, out, ranks)
+    training = Training(predictor, examples, settings, out / CHECKPOINT, identity, told)
+    ranks.first(lambda: write_atomic(out / RECIPE, dump(recipe)))
+    emit({"event": "stage", "stage": "training the mask predictor"})
+    training.run()
+    metrics = training.measure()
+    results = {
+        "method": recipe.method,
+        "out": str(out),
+        "model": str(out / MODEL),
+        "base": source.path,
+        "data": recipe.data.train,
+        "settings": asdict(settings),
+        "metrics": metrics,
+        "command": command_line(),
+        "versions": versions(),
+    }
+
+    def write() -> None:
+        about = {"metrics": metrics, "settings": asdict(settings)}
+        save_predictor(predictor, out / MODEL, source, tokenizer, about=about)
+        write_json(out / RESULTS, results)
+        (out / CHECKPOINT).unlink(missing_ok=True)
+
+    ranks.first(write)
+    return results
+
+
+def examples_of(recipe: MtpRecipe, source: models.ModelSource, tokenizer: Any) -> list[Example]:
+    """Read and tokenise the texts of a recipe.
+
+    Raises:
+        UserError: they cannot be read, or hold tokens that the model does not know.
+    """
+    data = recipe.data
+    assert data.train is not None  # require_runnable
+    rows = load_rows(data.train, columns=data.columns, offline=source.offline)
+    template = Template.for_tokenizer(tokenizer, data.template, data.system_prompt, {})
+    length = recipe.settings.max_length
+    examples = encode(rows, tokenizer, template, max_length=length, source=data.train)
+    used = {token for one in examples for token in one.input_ids}
+    models.check_vocabulary(source, used | {pad_token_id(tokenizer)})
+    return examples
+
+
+def _logged(emit: Emit, out: Path, ranks: Ranks) -> Emit:
+    """Let one rank keep what is told in ``events.jsonl`` too, steps each fiftieth and last."""
+    folder = RunFolder(out)
+
+    def tell(event: dict[str, Any]) -> None:
+        emit(event)
+        step, last = event.get("step", 0), event.get("of")
+        kept = event["event"] != "learnt" or step % LOGGED == 0 or step == last
+        if ranks.rank == 0 and kept:
+            out.mkdir(parents=True, exist_ok=True)
+            folder.append_event(event)
+
+    return tell

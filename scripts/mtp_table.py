@@ -1,0 +1,187 @@
+"""Tokens per step of mask predictors, over k and layout, and without parts of the training.
+
+    python scripts/mtp_table.py toy
+    python scripts/mtp_table.py ../shared/models/stories260k --k 4 --steps 300
+
+``toy``: a language of six phrases of twelve tokens in any order, learnt by a small Llama first. A
+folder: a model of texts, which writes the rows itself (sampled at temperature 1 from its first
+token). Every figure is over greedy continuations that are found to be those of plain decoding. The
+first variant is measured at every k and layout, the others at the k that was trained.
+"""
+
+import argparse
+import json
+import random
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from unlearn import models
+from unlearn.data.encode import Example
+from unlearn.evals.generate import stop_ids
+from unlearn.evals.mtp import plain_decode
+from unlearn.mtp.decode import Drafting, Written, decode
+from unlearn.mtp.layouts import LAYOUTS
+from unlearn.mtp.settings import TrainSettings
+from unlearn.mtp.train import train_predictor
+
+PHRASES, LENGTH, VOCABULARY, FIRST = 6, 12, 32, 2
+VARIANTS: dict[str, dict[str, Any]] = {
+    "all parts": {},
+    "without sampler": {"sampler": "none"},
+    "without consistency": {"lcm_weight": 0.0},
+    "without both": {"sampler": "none", "lcm_weight": 0.0},
+    "the paper's sampler": {"sampler": "paper"},
+    "labels of the data": {"labels": "data"},
+}
+
+
+class Endless:
+    """A tokenizer that ends nothing."""
+
+    eos_token_id = None
+
+
+def toy_rows(number: int, phrases: int = 5, seed: int = 0) -> list[list[int]]:
+    """Draw texts of whole phrases, which differ in their first tokens."""
+    fixed, draw = random.Random(1), random.Random(seed)
+    language = [
+        [FIRST + place, *(fixed.randrange(FIRST, VOCABULARY) for _ in range(LENGTH - 1))]
+        for place in range(PHRASES)
+    ]
+    return [
+        [1, *(token for _ in range(phrases) for token in draw.choice(language))]
+        for _ in range(number)
+    ]
+
+
+def toy_model(width: int, layers: int, steps: int) -> Any:
+    """Train a Llama on the toy language."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    heads = max(2, width // 32)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCABULARY, hidden_size=width, intermediate_size=2 * width,
+            num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=heads,
+            max_position_embeddings=256, eos_token_id=None, pad_token_id=0, bos_token_id=1,
+        )
+    )  # fmt: skip
+    peak = 3e-3 * (64 / width) ** 0.5
+    optimiser = torch.optim.AdamW(model.parameters(), lr=peak)
+    for step in range(steps):
+        ids = torch.tensor(toy_rows(16, 4, seed=step))
+        for group in optimiser.param_groups:
+            group["lr"] = peak * min(1.0, (step + 1) / 20, (steps - step) / (steps / 4))
+        loss = model(input_ids=ids, labels=ids).loss
+        optimiser.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+    print(f"base: loss {loss.item():.3f} nats per token after {steps} steps", flush=True)
+    return model.eval()
+
+
+def own_rows(model: Any, number: int, length: int) -> list[list[int]]:
+    """Let a model write texts from its first token."""
+    torch.manual_seed(0)
+    start, end = model.config.bos_token_id, model.config.eos_token_id
+    ids = torch.full((number, 1), start)
+    written = model.generate(ids, do_sample=True, top_k=0, max_new_tokens=length, pad_token_id=0)
+    rows = written.tolist()
+    return [row[: row.index(end) + 1] if end in row[1:] else row for row in rows]
+
+
+def examples(rows: list[list[int]]) -> list[Example]:
+    return [Example(row, [-100, *row[1:]], 1, place) for place, row in enumerate(rows)]
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("base", help="toy, or the folder of a model")
+    parser.add_argument("--k", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--anchors", type=int, default=24)
+    parser.add_argument("--rows", type=int, default=200)
+    parser.add_argument("--prompts", type=int, default=20)
+    parser.add_argument("--tokens", type=int, default=48)
+    parser.add_argument("--variants", nargs="*", default=list(VARIANTS), choices=list(VARIANTS))
+    parser.add_argument("--out", type=Path)
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Train every variant and print the table of each."""
+    given = arguments()
+    if given.base == "toy":
+        model, tokenizer = toy_model(64, 2, 300), Endless()
+        rows, prompts = toy_rows(given.rows), [row[:13] for row in toy_rows(given.prompts, seed=9)]
+    else:
+        model = models.load_model(given.base, device="cpu")
+        tokenizer = models.load_tokenizer(given.base)
+        texts = own_rows(model, given.rows + given.prompts, 200)
+        rows, prompts = texts[: given.rows], [row[:12] for row in texts[given.rows :]]
+    how = TrainSettings(
+        k=given.k, rank=given.rank, labels="self", anchors=given.anchors, steps=given.steps,
+        batch=8, lr=given.lr, held_out=0,
+    )  # fmt: skip
+    stops = stop_ids(model, tokenizer)
+    asked = [
+        (prompt, plain_decode(model, prompt, max_new_tokens=given.tokens, stops=stops)[0])
+        for prompt in prompts
+    ]
+    found = {}
+    for name in given.variants:
+        changed = replace(how, **VARIANTS[name])
+        found[name] = table(model, rows, asked, changed, name == given.variants[0])
+        show(name, found[name], changed)
+    if given.out:
+        given.out.write_text(json.dumps(found, indent=1))
+
+
+def table(model: Any, rows: Any, prompts: Any, how: TrainSettings, whole: bool) -> dict[str, Any]:
+    """Train one variant; give tokens per step by layout and k, and each draft's acceptance."""
+    begun = time.process_time()
+    predictor = train_predictor(model, examples(rows), how).predictor
+    found: dict[str, Any] = {"seconds": time.process_time() - begun}
+    sizes = [k for k in (1, 2, 4, 8) if k <= how.k] if whole else [how.k]
+    for layout in LAYOUTS if whole else ("linear", "quadratic"):
+        for k in sizes:
+            found[f"{layout} {k}"] = rate(predictor, prompts, Drafting(layout, k=k))
+    predictor.detach()
+    return found
+
+
+def rate(
+    predictor: Any, prompts: list[tuple[list[int], list[int]]], drafting: Drafting
+) -> dict[str, Any]:
+    """Give tokens per step over all prompts, and the share of drafts 1, 2, … that were right."""
+    together, steps, tokens = Written(), 0, 0
+    for prompt, plain in prompts:
+        written = decode(predictor, prompt, max_new_tokens=len(plain), drafting=drafting)
+        assert written.tokens == plain, "drafts changed the text"
+        together.kept += written.kept
+        steps, tokens = steps + written.steps, tokens + len(plain)
+    shares = [right / checked for checked, right in together.by_position()]
+    return {"tokens_per_step": tokens / steps, "acceptance": shares}
+
+
+def show(name: str, found: dict[str, Any], how: TrainSettings) -> None:
+    print(
+        f"\n**{name}**: {how.steps} steps, {found['seconds']:.0f} s of processor time", flush=True
+    )
+    for key, told in found.items():
+        if key != "seconds":
+            shares = " ".join(f"{share:.2f}" for share in told["acceptance"])
+            print(f"{key:<12} {told['tokens_per_step']:.2f}   right: {shares}", flush=True)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()

@@ -1,0 +1,155 @@
+"""``unlearn run mtp``, ``generate`` and ``eval mtp``, from the command line."""
+
+import json
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+SMALL = tuple(
+    part
+    for text in ("k=2", "rank=3", "steps=6", "batch=4", "anchors=6", "held_out=3", "save_steps=2")
+    for part in ("--set", text)
+)
+
+
+@pytest.fixture
+def train(world: Path, unlearn: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a function that trains a small predictor on the rows to forget."""
+
+    def call(*words: object, out: str = "mtp", data: str = "forget.jsonl") -> Any:
+        given = ("--model", "model", "--data", data, "--out", out)
+        return unlearn("run", "mtp", *given, *SMALL, *words)
+
+    return call
+
+
+def test_a_predictor_is_trained_written_with_and_measured(
+    train: Callable[..., Any], unlearn: Callable[..., Any]
+) -> None:
+    done = train("--json")
+    assert done.code == 0, done.err
+    assert 0 <= done.json["metrics"]["right"] <= 1
+    assert "step 6/6" in done.err
+    names = sorted(path.name for path in Path("mtp").iterdir())
+    assert names == ["events.jsonl", "model", "recipe.yaml", "results.json"]
+    asked = ("--prompts", "forget.jsonl:[:2]", "--max-new-tokens", 9, "--json")
+    plain = unlearn("generate", "model", *asked).json
+    for words in (("model", "--mtp", "mtp/model"), ("mtp/model", "--layout", "linear", "--k", 1)):
+        drafted = unlearn("generate", *words, *asked)
+        assert drafted.code == 0, drafted.err
+        assert drafted.json["rows"] == plain["rows"]
+        assert drafted.json["tokens_per_step"] >= 1
+    assert plain["tokens_per_step"] is None
+    drawn = unlearn("generate", "mtp/model", *asked, "--temperature", 1.5, "--seed", 3)
+    again = unlearn("generate", "mtp/model", *asked, "--temperature", 1.5, "--seed", 3)
+    assert drawn.json["rows"] == again.json["rows"] != plain["rows"]
+    told = unlearn("eval", "mtp", "mtp/model", "--prompts", "born=forget.jsonl:[:2]", "--prompts",
+                   "retain.jsonl:[:1]", "--max-new-tokens", 8, "--out", "told")  # fmt: skip
+    assert told.code == 0, told.err
+    assert "3 texts identical to plain decoding" in told.out
+    results = json.loads(Path("told/results.json").read_text())
+    assert list(results["domains"]) == ["born", "retain"]
+    assert results["all"]["identical"] == len(results["rows"]) == 3
+    assert Path("told/acceptance.svg").read_text().startswith("<svg")
+
+
+def test_the_recipe_of_a_run_repeats_it(
+    train: Callable[..., Any], unlearn: Callable[..., Any]
+) -> None:
+    assert train("--set", "sampler=none").code == 0
+    again = unlearn("run", "mtp/recipe.yaml", "--out", "again")
+    assert again.code == 0, again.err
+    first, second = (load_file(f"{name}/model/mtp.safetensors") for name in ("mtp", "again"))
+    assert set(first) == {"mask_embeddings"}
+    assert torch.equal(first["mask_embeddings"], second["mask_embeddings"])
+
+
+def test_a_stopped_training_goes_on_with_the_same_command(
+    train: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from unlearn.mtp.train import Training
+
+    before, count = Training._tell, []
+
+    def stopping(self: Training, told: Any) -> None:
+        before(self, told)
+        count.append(1)
+        if len(count) == 5:  # saved after step 4
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(Training, "_tell", stopping)
+    stopped = train()
+    assert stopped.code == 75
+    assert "the same command goes on from what was last saved in 'mtp'" in stopped.err
+    resumed = train()
+    assert resumed.code == 0, resumed.err
+    assert "going on after step 4" in resumed.err
+    assert not Path("mtp/training.safetensors").exists()
+
+
+def test_the_papers_choices_are_a_preset() -> None:
+    from unlearn.recipes.mtp import load_mtp
+
+    recipe = load_mtp("mtp", "paper", {}, ["steps=7", "model.dtype=bfloat16"])
+    how = recipe.settings
+    assert (how.k, how.rank, how.sampler, how.steps) == (8, 128, "paper", 7)
+    assert (how.sampler_on_ntp, how.train_mask_embeddings) == (True, False)
+    assert recipe.model.dtype == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--set", "kk=3", "--set", "lr=-1"), "unknown setting 'mtp.kk'; did you mean 'k'?"),
+        (("--set", "kk=3", "--set", "lr=-1"), "mtp.lr is -1"),
+        (("--set", "lr"), "write KEY=VALUE"),
+        (("--set", "model.pth=x"), "model.pth"),
+        (("--set", "targets=q_prj"), "LoRA target q_prj is not in this model"),
+        (("--data", "none.jsonl"), "none.jsonl"),
+        (("--model", "none"), "no model folder 'none'"),
+        (("--out", "model"), "output folder 'model' already exists"),
+        (("--recipe", "papr"), "unknown preset of mtp 'papr'; did you mean 'paper'?"),
+        (("--nproc", 2), "--nproc given, which mtp does not know"),
+        (("--forget", "forget.jsonl"), "--forget given, which mtp does not know"),
+    ],
+)
+def test_mistakes_are_named_and_nothing_is_written(
+    words: tuple[object, ...], message: str, train: Callable[..., Any]
+) -> None:
+    before = {path.name for path in Path().iterdir()}
+    done = train(*words)
+    assert done.code == 2
+    assert message in " ".join(done.err.split())
+    assert {path.name for path in Path().iterdir()} == before
+
+
+def test_what_does_not_fit_is_refused(
+    train: Callable[..., Any],
+    unlearn: Callable[..., Any],
+    build_tiny_model: Any,
+    build_tiny_tokenizer: Any,
+) -> None:
+    assert train().code == 0
+    build_tiny_model(seed=1).save_pretrained("other")
+    build_tiny_tokenizer().save_pretrained("other")
+    asked = ("--prompt", "Where?", "--max-new-tokens", 4)
+
+    def refused(*words: object) -> str:
+        done = unlearn(*words)
+        assert done.code == 2
+        return " ".join(done.err.split())
+
+    assert "does not hold the weights" in refused("generate", "other", "--mtp", "mtp/model", *asked)
+    assert "k=3 given, but 2 masks" in refused("generate", "mtp/model", "--k", 3, *asked)
+    assert "holds no mask predictor" in refused("generate", "model", "--mtp", "other", *asked)
+    assert "there is nothing to ask" in refused("generate", "mtp/model")
+    again = ("--data", "forget.jsonl", "--out", "again")
+    assert "cannot be changed again" in refused("run", "mtp", "--model", "mtp/model", *again)
+    assert "holds a finished training" in " ".join(train().err.split())
+    data = refused("run", "npo", "--data", "forget.jsonl")
+    assert "--data is for method mtp alone" in data
