@@ -252,7 +252,7 @@ def test_python_for_decisions_runs() -> None:
     assert 0 < names["found"].rows()[0]["p"]["loss"] <= 1
 
 
-OPTIONAL = {"adapter/", "selection.json", "update.safetensors"}
+OPTIONAL = {"adapter/", "selection.json", "update.safetensors", "edit-path.svg"}
 """What only some runs have."""
 
 
