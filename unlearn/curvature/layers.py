@@ -87,6 +87,8 @@ def named_layers(
         UserError: nothing is found, or what is named is not linear.
     """
     base = plain(model)
+    for pattern in () if isinstance(layers, str) else layers:
+        _check_pattern(pattern)
     if has_adapters(model):
         return _adapters(base, layers, blocks)
     found = dict(_inside(base, blocks, is_linear))
@@ -155,7 +157,6 @@ def _matching(
     base: Any, found: Mapping[str, nn.Module], patterns: Sequence[str]
 ) -> dict[str, nn.Module]:
     for pattern in patterns:
-        _check_pattern(pattern)
         if any(re.search(pattern, name) for name in found):
             continue
         others = [(n, m) for n, m in base.named_modules() if n and re.search(pattern, n)]
