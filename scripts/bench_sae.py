@@ -30,7 +30,6 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -41,6 +40,8 @@ from torch import Tensor
 
 from unlearn.models import ModelSource, load_model
 from unlearn.recipes.sae import Texts
+from unlearn.sae.clamp import Clamp
+from unlearn.sae.clamped import clamped
 from unlearn.sae.corpus import Corpus, packed
 from unlearn.sae.dictionary import Dictionary
 from unlearn.sae.learner import Learner
@@ -212,23 +213,8 @@ def _random_dictionary(model: Any, ids: Tensor, options: argparse.Namespace) -> 
 
 
 def _few(model: Any, dictionary: Dictionary, chosen: list[int], layer: int) -> Change:
-    """Clamp with ``unlearn.sae.clamp``, or where that is not there with the formula in a hook."""
-    if find_spec("unlearn.sae.clamped"):
-        from unlearn.sae.clamp import Clamp
-        from unlearn.sae.clamped import clamped
-
-        return lambda: clamped(model, [Clamp.of(dictionary, chosen, layer=layer, c=20.0)], [1])
-    rows = Dictionary(
-        "jumprelu", dictionary.w_enc[:, chosen].contiguous(), dictionary.b_enc[chosen],
-        dictionary.w_dec[chosen], dictionary.b_dec, threshold=dictionary.threshold[chosen],
-    )  # fmt: skip
-    return lambda: spliced(model, layer, partial(_closed_form, rows))
-
-
-def _closed_form(rows: Dictionary, hidden: Tensor) -> Tensor:
-    """Give ``h + sum over f in S with a_f > 0 of (-c - a_f) W_dec[f]``."""
-    a = rows.encode(hidden)
-    return hidden + ((-20.0 - a) * (a > 0)) @ rows.w_dec
+    """Clamp the chosen latents by their own rows alone."""
+    return lambda: clamped(model, [Clamp.of(dictionary, chosen, layer=layer, c=20.0)], [1])
 
 
 def _overwritten(dictionary: Dictionary, chosen: list[int], hidden: Tensor) -> Tensor:

@@ -6,8 +6,9 @@ r"""Clamping features of a sparse autoencoder beside its controls and RMU, at eq
 
 Per seed: a dictionary of what leaves layer 1 is trained on rows that the target has memorised:
 those of ``--forget`` (``world_facts``: questions about the world; ``forget10``: more made-up
-authors, in the very words of those to keep) and 400 rows to keep, about made-up authors. The preset
-``tofu-tiny/sae`` is run with it, its budget ``--kl`` nats per token of KL(target || clamped) on 64
+authors, in the very words of those to keep), repeated until they are as many, and 400 rows to keep,
+about made-up authors. The preset ``tofu-tiny/sae`` is run with it, its settings those below, its
+budget ``--kl`` nats per token of KL(target || clamped) on 64
 retain rows that features are not chosen by. Its controls use the same features: set to 0, and other
 directions changed as much. RMU (preset ``tofu-tiny/rmu``) is run with several strengths, and the
 one that forgets most within the same KL on the same rows is taken. Losses are means over labelled
@@ -23,9 +24,10 @@ from typing import Any
 
 LAYER, KEPT = 1, 400
 DICTIONARY = {
-    "kind": "batchtopk", "features": 1024, "k": 32, "steps": 1500, "batch": 512, "buffer": 16384,
+    "kind": "batchtopk", "features": 1024, "k": 16, "steps": 1500, "batch": 512, "buffer": 16384,
     "context": 256, "pack": False, "lr": 2e-3,
 }  # fmt: skip
+SETTINGS = ("edit.features=[10,20,40]", "edit.c=[1x,1.5x,2x]", "edit.tau=0.01")
 STEERING = (1.0, 3.0, 10.0, 30.0, 100.0)
 """Lengths of RMU's vector; how strongly it pushes."""
 NAMES = {
@@ -49,7 +51,8 @@ def rows_of(args: argparse.Namespace) -> dict[str, str]:
 
     forget = load_rows(f"{args.tofu}#{args.forget}")
     retain = load_rows(f"{args.tofu}#full:train[:{KEPT}]")
-    named = {"forget": forget, "retain": retain, "both": [*retain, *forget]}
+    often = max(1, round(len(retain) / len(forget)))
+    named = {"forget": forget, "retain": retain, "both": [*retain, *forget * often]}
     return {name: write(args.out / f"{name}.jsonl", rows) for name, rows in named.items()}
 
 
@@ -116,7 +119,7 @@ def seed_of(args: argparse.Namespace, rows: dict[str, str], seed: int) -> dict[s
     """Give the losses of one seed by what was done."""
     folder = args.out / f"seed-{seed}"
     place = dictionary(args, rows, folder / "dictionary", seed)
-    how = (f"edit.dictionary={place}", f"edit.retain_kl={args.kl}", f"seed={seed}")
+    how = (f"edit.dictionary={place}", f"edit.retain_kl={args.kl}", f"seed={seed}", *SETTINGS)
     clamp = run("tofu-tiny/sae", args.target, rows, folder / "clamped", *how)["training"]["clamp"]
     found = {"start": clamp["start"], "clamp": clamp}
     found |= {one["mode"]: one for one in clamp["controls"]}
