@@ -1,9 +1,11 @@
 """Fixtures: a two-layer Llama and a tokenizer built in memory, and shared models."""
 
 import gc
+import importlib.util
 import os
+import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -96,6 +98,45 @@ def shared() -> Path:
     if not (folder / "models").is_dir():
         pytest.skip(f"real data and models are not at hand: {folder} does not exist")
     return folder
+
+
+@pytest.fixture
+def on_two_ranks(tmp_path: Path) -> Callable[[Path, Path], None]:
+    """Give what lets two processes, and then this one alone, do a program's work (``rank.py``).
+
+    They write their results as ``rank-0`` and ``rank-1``, this one as ``alone``.
+    """
+    import torch
+
+    file = Path(__file__).with_name("rank.py")
+    spec = importlib.util.spec_from_file_location("rank", file)
+    assert spec is not None
+    assert spec.loader is not None
+    rank = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(rank)
+
+    def run(program: Path, folder: Path) -> None:
+        own = {"OMP_NUM_THREADS": "1", "UNLEARN_CACHE": str(tmp_path / "cache")}
+        ranks = [
+            subprocess.Popen(
+                [sys.executable, str(file), str(program), str(folder), str(number), "2"],
+                env=os.environ | own,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for number in range(2)
+        ]
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # as the ranks have
+        try:
+            rank.loaded(program).work(folder, "alone")
+        finally:
+            torch.set_num_threads(threads)
+        for one in ranks:
+            _, errors = one.communicate(timeout=200)
+            assert one.returncode == 0, errors
+
+    return run
 
 
 _numbers = count()

@@ -1,14 +1,11 @@
-"""Program of test_ranks.py: one of several processes that fit the curvature of a model together."""
+"""Work of test_ranks.py on one of several processes: curvature of a model fitted together."""
 
 import json
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
-from torch import distributed
 
 from unlearn.curvature.damping import Damping
 from unlearn.curvature.direction import direction
@@ -41,18 +38,3 @@ def work(folder: Path, name: str) -> None:
         figures[kind] = [*counts, step.slope, step.bend]
     save_file({key: one.contiguous() for key, one in tensors.items()}, folder / name)
     (folder / f"{name}.json").write_text(json.dumps(figures))
-
-
-def main() -> None:
-    """Take part as one rank."""
-    folder, rank, size = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-    torch.set_num_threads(1)
-    distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=size
-    )
-    work(folder, f"rank-{rank}")
-    distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

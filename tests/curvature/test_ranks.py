@@ -1,11 +1,7 @@
 """Two processes fit curvature together and take the step that one takes."""
 
 import dataclasses
-import importlib.util
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +13,7 @@ PROGRAM = Path(__file__).with_name("on_ranks.py")
 
 
 def test_two_processes_give_the_step_of_one(
-    tmp_path: Path, build_tiny_model: Any, fresh_rows: Any
+    tmp_path: Path, build_tiny_model: Any, fresh_rows: Any, on_two_ranks: Any
 ) -> None:
     """Sums come in another order, so not bit for bit; counts do, and both hold the same."""
     model = build_tiny_model(hidden_size=8, intermediate_size=12, vocab_size=11)
@@ -28,22 +24,7 @@ def test_two_processes_give_the_step_of_one(
     model.save_pretrained(tmp_path)
     rows = [dataclasses.asdict(row) for row in fresh_rows(13)]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(PROGRAM), str(tmp_path), str(rank), "2"],
-            env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    spec = importlib.util.spec_from_file_location("curvature_on_ranks", PROGRAM)
-    assert spec is not None
-    assert spec.loader is not None
-    program = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(program)
-    program.work(tmp_path, "alone")
-    for rank in ranks:
-        _, errors = rank.communicate(timeout=200)
-        assert rank.returncode == 0, errors
+    on_two_ranks(PROGRAM, tmp_path)
     expected = load_file(tmp_path / "alone")
     first, second = (load_file(tmp_path / f"rank-{rank}") for rank in range(2))
     for name, value in expected.items():

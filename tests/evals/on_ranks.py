@@ -1,12 +1,10 @@
-"""Program of test_ranks.py: one of several processes that evaluate a saved model together."""
+"""Work of test_ranks.py on one of several processes: a saved model evaluated together."""
 
 import json
-import sys
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from torch import distributed
 
 from unlearn.data.encode import Example
 from unlearn.evals.answers import Evaluator
@@ -41,17 +39,10 @@ def evaluate(folder: Path, name: str, weights_hash: str | None, *, wrapped: bool
     (folder / f"{name}.json").write_text(json.dumps({"answers": answers, "passes": asked}))
 
 
-def main() -> None:
-    """Take part as one rank: twice, the second time with everything stored."""
-    folder, rank, size = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-    torch.set_num_threads(1)
-    distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=size
-    )
-    evaluate(folder, f"first-{rank}", "weights", wrapped=True)
-    evaluate(folder, f"second-{rank}", "weights")
-    distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()
+def work(folder: Path, name: str) -> None:
+    """Evaluate twice, the second time with everything stored; alone once, and nothing stored."""
+    if name == "alone":
+        evaluate(folder, name, None)
+        return
+    evaluate(folder, f"first-{name}", "weights", wrapped=True)
+    evaluate(folder, f"second-{name}", "weights")

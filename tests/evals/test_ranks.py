@@ -1,10 +1,7 @@
 """Two processes evaluate together and get the numbers of one."""
 
 import json
-import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -45,11 +42,9 @@ def outcome(folder: Path, name: str) -> tuple[dict[str, torch.Tensor], dict[str,
 
 
 def test_two_processes_give_the_numbers_of_one(
-    tmp_path: Path, build_tiny_model: Any, tiny_tokenizer: Any
+    tmp_path: Path, build_tiny_model: Any, tiny_tokenizer: Any, on_two_ranks: Any
 ) -> None:
     """Bit for bit, on both; stored results are known to both and ask the model no more."""
-    import importlib.util
-
     model = build_tiny_model()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -58,32 +53,10 @@ def test_two_processes_give_the_numbers_of_one(
     model.save_pretrained(tmp_path)
     tiny_tokenizer.save_pretrained(tmp_path)
     save_rows(tmp_path)
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(PROGRAM), str(tmp_path), str(rank), "2"],
-            env=os.environ | {"OMP_NUM_THREADS": "1", "UNLEARN_CACHE": str(tmp_path / "cache")},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    spec = importlib.util.spec_from_file_location("on_ranks", PROGRAM)
-    assert spec is not None
-    assert spec.loader is not None
-    program = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(program)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as the ranks have: matrix products round by the number of threads
-    try:
-        program.evaluate(tmp_path, "alone", None)
-    finally:
-        torch.set_num_threads(threads)
-    for rank in ranks:
-        _, errors = rank.communicate(timeout=100)
-        assert rank.returncode == 0, errors
+    on_two_ranks(PROGRAM, tmp_path)
     expected, told = outcome(tmp_path, "alone")
     assert len(set(map(len, told["answers"]))) > 1
-    for name in ("first-0", "first-1", "second-0", "second-1"):
+    for name in ("first-rank-0", "first-rank-1", "second-rank-0", "second-rank-1"):
         tensors, found = outcome(tmp_path, name)
         assert found["answers"] == told["answers"]
         assert all(torch.equal(tensors[key], value) for key, value in expected.items())

@@ -1,11 +1,9 @@
-"""Program of test_train.py: one of several processes that train a mask predictor together."""
+"""Work of test_train.py on one of several processes: a mask predictor trained together."""
 
-import sys
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from torch import distributed
 
 from unlearn.data.encode import Example
 from unlearn.models import load_model
@@ -32,18 +30,3 @@ def work(folder: Path, name: str) -> None:
     values = {name: one.detach().contiguous() for name, one in trained.predictor.trained().items()}
     figures = torch.tensor([trained.metrics[key] for key in ("base", "sampler", "lcm", "right")])
     save_file({**values, "figures": figures}, folder / name)
-
-
-def main() -> None:
-    """Take part as one rank."""
-    folder, rank, size = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-    torch.set_num_threads(1)
-    distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=size
-    )
-    work(folder, f"rank-{rank}")
-    distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

@@ -2,9 +2,6 @@
 
 import importlib.util
 import math
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -97,23 +94,10 @@ def test_computing_again_gives_the_same_predictor(tiny_model: Any) -> None:
         torch.testing.assert_close(found[1].trained()[name], value, rtol=0, atol=1e-6, msg=name)
 
 
-def test_two_ranks_do_what_one_does(tmp_path: Path, tiny_model: Any) -> None:
+def test_two_ranks_do_what_one_does(tmp_path: Path, tiny_model: Any, on_two_ranks: Any) -> None:
     """Five sequences a step: three on the first rank, two on the second."""
     tiny_model.save_pretrained(tmp_path)
-    command = [sys.executable, str(PROGRAM), str(tmp_path)]
-    ranks = [
-        subprocess.Popen(
-            [*command, str(rank), "2"],
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    program().work(tmp_path, "alone")
-    for rank in ranks:
-        _, errors = rank.communicate(timeout=200)
-        assert rank.returncode == 0, errors
+    on_two_ranks(PROGRAM, tmp_path)
     first, second = (load_file(tmp_path / f"rank-{rank}") for rank in range(2))
     for name, value in load_file(tmp_path / "alone").items():
         assert torch.equal(first[name], second[name]), name

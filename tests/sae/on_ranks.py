@@ -1,14 +1,11 @@
-"""Program of test_train.py: one of several processes that train dictionaries together."""
+"""Work of test_train.py on one of several processes: dictionaries trained together."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from safetensors.torch import save_file
-from torch import distributed
 
 from unlearn.models import load_model
 from unlearn.sae.corpus import apart
@@ -32,18 +29,3 @@ def work(folder: Path, name: str) -> None:
         figures[kind] = {key: value for key, value in told if value is not None}
     save_file({key: one.contiguous() for key, one in tensors.items()}, folder / name)
     (folder / f"{name}.json").write_text(json.dumps(figures))
-
-
-def main() -> None:
-    """Take part as one rank."""
-    folder, rank, size = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-    torch.set_num_threads(1)
-    distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=size
-    )
-    work(folder, f"rank-{rank}")
-    distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

@@ -1,10 +1,6 @@
 """Training: planted directions are found, a stop changes no bit, two ranks do what one does."""
 
-import importlib.util
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -269,26 +265,13 @@ def test_too_many_active_latents_are_refused(tiny_model: Any) -> None:
 
 
 @pytest.mark.parametrize("kinds", ["topk,mutual,feature,jumprelu"])
-def test_two_processes_learn_what_one_does(kinds: str, tmp_path: Path, tiny_model: Any) -> None:
+def test_two_processes_learn_what_one_does(
+    kinds: str, tmp_path: Path, tiny_model: Any, on_two_ranks: Any
+) -> None:
     """Sums come in another order, so not bit for bit; both processes hold the same."""
     tiny_model.save_pretrained(tmp_path)
     (tmp_path / "kinds").write_text(kinds)
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(PROGRAM), str(tmp_path), str(rank), "2"],
-            env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    spec = importlib.util.spec_from_file_location("sae_on_ranks", PROGRAM)
-    assert spec is not None
-    assert spec.loader is not None
-    program = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(program)
-    program.work(tmp_path, "alone")
-    for rank in ranks:
-        _, errors = rank.communicate(timeout=200)
-        assert rank.returncode == 0, errors
+    on_two_ranks(PROGRAM, tmp_path)
     expected = load_file(tmp_path / "alone")
     first, second = (load_file(tmp_path / f"rank-{rank}") for rank in range(2))
     for name, value in expected.items():
