@@ -1,16 +1,14 @@
 """Mask-token prediction: ``unlearn run mtp``, ``unlearn generate``, ``unlearn eval mtp``."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from unlearn.cli.entry import Halt, Json, Offline, go_offline, naming, say
+from unlearn.cli.entry import Json, Offline, go_offline, naming, say
 from unlearn.cli.options import HOW
 from unlearn.cli.progress import Emit, listening, number
-from unlearn.cli.ranks import joined_ranks, require_one_process
+from unlearn.cli.ranks import joined_ranks, require_one_process, resumable
 
 if TYPE_CHECKING:
     from unlearn.models import ModelSource
@@ -109,7 +107,8 @@ def run(
         UserError: options that belong to unlearning are given.
     """
     from unlearn.errors import UserError
-    from unlearn.recipes.mtp import check_folder, load_mtp
+    from unlearn.recipes.mtp import OURS, load_mtp
+    from unlearn.recipes.training_folder import check_folder
 
     if given := [option for option, value in refused.items() if value]:
         hint = "several processes: torchrun --nproc-per-node N -m unlearn.cli run mtp …"
@@ -117,9 +116,9 @@ def run(
     recipe = load_mtp(method, preset, changes, overrides)
     recipe.require_runnable()
     out = Path(str(recipe.out))
-    check_folder(out)
+    check_folder(out, OURS)
     go_offline(offline)
-    with joined_ranks() as first, listening(quiet=not first) as emit, naming(out), _resumable(out):
+    with joined_ranks() as first, listening(quiet=not first) as emit, naming(out), resumable(out):
         from unlearn.recipes.mtp_run import run_mtp
 
         found = run_mtp(recipe, emit=_shown(emit), offline=offline)
@@ -235,21 +234,6 @@ def _drafting(layout: str, k: int | None, masks: int | None) -> "Drafting":
     from unlearn.mtp.decode import Drafting
 
     return Drafting(layout, k, masks)
-
-
-@contextmanager
-def _resumable(out: Path) -> Iterator[None]:
-    """Say how a stopped training goes on, when something was saved."""
-    from unlearn.errors import Interrupted
-    from unlearn.recipes.mtp import CHECKPOINT
-
-    try:
-        yield
-    except (Halt, KeyboardInterrupt) as stop:
-        if not (out / CHECKPOINT).is_file():
-            raise
-        hint = f"the same command goes on from what was last saved in '{out}'"
-        raise Interrupted("stopped on request", hint) from stop
 
 
 def _shown(emit: Emit) -> Emit:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from unlearn.cli.entry import FAILED
+from unlearn.cli.entry import FAILED, Halt
 from unlearn.launch import MEET_SECONDS, inside_launch, leave, sizes
 
 PATIENCE = timedelta(hours=2)
@@ -178,3 +178,18 @@ def require_one_process(command: str) -> None:
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size > 1:
         raise UserError(f"`{command}` runs in one process, {size} were launched", "start it alone")
+
+
+@contextmanager
+def resumable(out: Path) -> Iterator[None]:
+    """Say how a stopped training goes on, when something of it was saved in its folder."""
+    from unlearn.errors import Interrupted
+    from unlearn.recipes.training_folder import CHECKPOINT
+
+    try:
+        yield
+    except (Halt, KeyboardInterrupt, Interrupted) as stop:
+        if not (out / CHECKPOINT).is_file():
+            raise
+        hint = f"the same command goes on from what was last saved in '{out}'"
+        raise Interrupted(str(stop) or "stopped on request", hint) from stop

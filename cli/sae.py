@@ -1,16 +1,14 @@
 """``unlearn sae``: train a sparse dictionary of a layer's activations, look at one, export it."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
-from unlearn.cli.entry import Halt, Json, Offline, go_offline, naming, say
+from unlearn.cli.entry import Json, Offline, go_offline, naming, say
 from unlearn.cli.options import Map
 from unlearn.cli.progress import Emit, listening, number
-from unlearn.cli.ranks import Nproc, joined_ranks, require_one_process, started
+from unlearn.cli.ranks import Nproc, joined_ranks, require_one_process, resumable, started
 from unlearn.cli.recipe_option import RecipeFile
 from unlearn.cli.sae_select import EPILOG as SELECTING
 from unlearn.cli.sae_select import select
@@ -84,16 +82,17 @@ def train(
 
     When it was stopped, the same command goes on.
     """
-    from unlearn.recipes.sae import check_folder, settings_of
+    from unlearn.recipes.sae import OURS, settings_of
+    from unlearn.recipes.training_folder import check_folder
 
     given = {"layer": layer, "kind": kind, "features": features, "k": k, "steps": steps}
     settings = settings_of({**given, "seed": seed}, set_ or [])
-    check_folder(out)
+    check_folder(out, OURS)
     if started(nproc, out):
         return
     go_offline(offline)
     texts = _texts(model, data, map_, template, offline=offline)
-    with joined_ranks() as first, listening(quiet=not first) as emit, naming(out), _resumable(out):
+    with joined_ranks() as first, listening(quiet=not first) as emit, naming(out), resumable(out):
         from unlearn.recipes.sae import train as train_into
 
         found = train_into(texts, settings, out, emit=_shown(emit))
@@ -183,21 +182,6 @@ def _texts(
 
     joined = template.replace("\\n", "\n") if template is not None else None
     return Texts(ModelSource(model, offline=offline), data, columns_of(map_ or []), joined)
-
-
-@contextmanager
-def _resumable(out: Path) -> Iterator[None]:
-    """Say how a stopped training goes on, when something was saved."""
-    from unlearn.errors import Interrupted
-    from unlearn.recipes.sae import CHECKPOINT
-
-    try:
-        yield
-    except (Halt, KeyboardInterrupt, Interrupted) as stop:
-        if not (out / CHECKPOINT).is_file():
-            raise
-        hint = f"the same command goes on from what was last saved in '{out}'"
-        raise Interrupted(str(stop) or "stopped on request", hint) from stop
 
 
 def _shown(emit: Emit) -> Emit:

@@ -11,10 +11,9 @@ from unlearn.recipes.section import Section
 from unlearn.recipes.yaml_text import parse, parse_tree, to_text
 
 METHOD = "mtp"
-CHECKPOINT, EVENTS, RESULTS, RECIPE, MODEL = (
-    "training.safetensors", "events.jsonl", "results.json", "recipe.yaml", "model",
-)  # fmt: skip
-LOGGED = 50
+RECIPE, MODEL = "recipe.yaml", "model"
+OURS = {RECIPE, MODEL}
+"""What a run writes beside what :mod:`unlearn.recipes.training_folder` names."""
 Emit = Callable[[dict[str, Any]], None]
 
 
@@ -160,23 +159,6 @@ def _set(tree: dict[str, Any], text: str) -> None:
         place[name if dot else section] = parse(value)
     except ValueError as error:
         raise UserError(f"--set {text}: the value is not valid YAML: {error}") from None
-
-
-def check_folder(out: Path) -> None:
-    """Refuse a folder that holds a finished training, or something else than a training.
-
-    Raises:
-        UserError: as said.
-    """
-    if not out.exists():
-        return
-    names = {one.name for one in out.iterdir()} if out.is_dir() else {"."}
-    if RESULTS in names:
-        raise UserError(f"'{out}' holds a finished training", "choose another --out")
-    ours = {CHECKPOINT, EVENTS, RECIPE, MODEL}
-    strangers = {one for one in names if not one.startswith(".")} - ours
-    if strangers or "." in names:
-        raise UserError(f"output folder '{out}' already exists", "choose another --out")
 
 
 def dump(recipe: MtpRecipe) -> str:

@@ -14,17 +14,9 @@ from unlearn.mtp.storage import save_predictor
 from unlearn.mtp.train import Training
 from unlearn.ranks import Ranks
 from unlearn.recipes.inputs import check_model_folder
-from unlearn.recipes.mtp import (
-    CHECKPOINT,
-    LOGGED,
-    MODEL,
-    RECIPE,
-    RESULTS,
-    MtpRecipe,
-    check_folder,
-    dump,
-)
-from unlearn.runs import RunFolder, command_line, versions, write_atomic, write_json
+from unlearn.recipes.mtp import MODEL, OURS, RECIPE, MtpRecipe, dump
+from unlearn.recipes.training_folder import CHECKPOINT, RESULTS, check_folder, logged
+from unlearn.runs import command_line, versions, write_atomic, write_json
 
 Emit = Callable[[dict[str, Any]], None]
 
@@ -56,7 +48,7 @@ def run_mtp(
     recipe.require_runnable()
     settings, out, ranks = recipe.settings, Path(str(recipe.out)), Ranks.world()
     check_model_folder(recipe.model.path)
-    ranks.first(lambda: check_folder(out))
+    ranks.first(lambda: check_folder(out, OURS))
     source = source_of(recipe, offline=offline)
     models.check_source(source)
     require_plain(source)
@@ -67,7 +59,7 @@ def run_mtp(
     model = models.load_model(source)
     identity = {"model": models.weights_hash(model)}
     predictor = MaskPredictor(model, settings.shape, seed=settings.seed)
-    told = _logged(emit, out, ranks)
+    told = logged(emit, out, ranks)
     training = Training(predictor, examples, settings, out / CHECKPOINT, identity, told)
     ranks.first(lambda: write_atomic(out / RECIPE, dump(recipe)))
     emit({"event": "stage", "stage": "training the mask predictor"})
@@ -110,18 +102,3 @@ def examples_of(recipe: MtpRecipe, source: models.ModelSource, tokenizer: Any) -
     used = {token for one in examples for token in one.input_ids}
     models.check_vocabulary(source, used | {pad_token_id(tokenizer)})
     return examples
-
-
-def _logged(emit: Emit, out: Path, ranks: Ranks) -> Emit:
-    """Let one rank keep what is told in ``events.jsonl`` too, steps each fiftieth and last."""
-    folder = RunFolder(out)
-
-    def tell(event: dict[str, Any]) -> None:
-        emit(event)
-        step, last = event.get("step", 0), event.get("of")
-        kept = event["event"] != "learnt" or step % LOGGED == 0 or step == last
-        if ranks.rank == 0 and kept:
-            out.mkdir(parents=True, exist_ok=True)
-            folder.append_event(event)
-
-    return tell

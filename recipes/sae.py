@@ -13,8 +13,9 @@ from unlearn.errors import UserError, did_you_mean
 from unlearn.kinds import load_config
 from unlearn.ranks import Ranks
 from unlearn.recipes.inputs import check_model_folder
+from unlearn.recipes.training_folder import CHECKPOINT, RESULTS, check_folder, logged
 from unlearn.recipes.yaml_text import parse
-from unlearn.runs import RunFolder, versions, write_json
+from unlearn.runs import versions, write_json
 from unlearn.sae.corpus import Corpus, corpus_of
 from unlearn.sae.dictionary import Dictionary, check_fits
 from unlearn.sae.measure import doubts, fidelity, held_out_activations, recovery
@@ -23,8 +24,8 @@ from unlearn.sae.storage import FILE, save_dictionary
 from unlearn.sae.stream import Activations
 from unlearn.sae.train import Training
 
-CHECKPOINT, EVENTS, RESULTS = "training.safetensors", "events.jsonl", "results.json"
-LOGGED = 50
+OURS = {FILE}
+"""What a training writes beside what :mod:`unlearn.recipes.training_folder` names."""
 WHOLE = 2**31
 """No text is this long: each is encoded in one piece."""
 Emit = Callable[[dict[str, Any]], None]
@@ -79,22 +80,6 @@ def settings_of(given: Mapping[str, Any], more: list[str]) -> TrainSettings:
     return found
 
 
-def check_folder(out: Path) -> None:
-    """Refuse a folder that holds a finished training, or something else than a training.
-
-    Raises:
-        UserError: as said.
-    """
-    if not out.exists():
-        return
-    names = {one.name for one in out.iterdir()} if out.is_dir() else {"."}
-    if RESULTS in names:
-        raise UserError(f"'{out}' holds a finished training", "choose another --out")
-    strangers = {one for one in names if not one.startswith(".")} - {CHECKPOINT, EVENTS, FILE}
-    if strangers or "." in names:
-        raise UserError(f"output folder '{out}' already exists", "choose another --out")
-
-
 def train(
     texts: Texts, settings: TrainSettings, out: Path, *, emit: Emit = lambda event: None
 ) -> dict[str, Any]:
@@ -108,7 +93,7 @@ def train(
     """
     check_model_folder(texts.source.path)
     ranks = Ranks.world()
-    ranks.first(lambda: check_folder(out))
+    ranks.first(lambda: check_folder(out, OURS))
     _check_sizes(texts.source, settings)
     emit({"event": "stage", "stage": "reading the texts"})
     corpus, pad_id = texts.corpus(context=settings.context, pack=settings.pack)
@@ -122,7 +107,7 @@ def train(
             settings,
             checkpoint=out / CHECKPOINT,
             identity={"model": models.weights_hash(model)},
-            emit=_logged(emit, out, ranks),
+            emit=logged(emit, out, ranks),
             stop=lambda: stop.requested,
         ).run()
     results = described(trained.dictionary) | {"metrics": dict(trained.metrics)}
@@ -146,21 +131,6 @@ def _check_sizes(source: models.ModelSource, settings: TrainSettings) -> None:
             f"give 0 to {depth - 1}; about a third of the way up is usual",
         )
     settings.latents(config.hidden_size)
-
-
-def _logged(emit: Emit, out: Path, ranks: Ranks) -> Emit:
-    """Let one rank keep what is told in ``events.jsonl`` too, steps each fiftieth and last."""
-    folder = RunFolder(out)
-
-    def tell(event: dict[str, Any]) -> None:
-        emit(event)
-        step, last = event.get("step", 0), event.get("of")
-        kept = event["event"] != "learnt" or step % LOGGED == 0 or step == last
-        if ranks.rank == 0 and kept:
-            out.mkdir(parents=True, exist_ok=True)
-            folder.append_event(event)
-
-    return tell
 
 
 def named_after(dictionary: Dictionary, model: str) -> Dictionary:
