@@ -46,7 +46,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import plain_steps
 import torch
@@ -315,6 +315,12 @@ def _plain(model: Any, method: Method) -> Step:
     return step
 
 
+class _NoRows(list[int]):
+    """Stands for the rows of a trainer that is handed its batches."""
+
+    streams: ClassVar[dict[str, Any]] = {}
+
+
 def _ours(model: Any, method: Method) -> Step:
     """Do the step as the trainer does it."""
     optimizer = torch.optim.AdamW(_trained(model, method), lr=1e-5)
@@ -322,7 +328,7 @@ def _ours(model: Any, method: Method) -> Step:
     trainer = UnlearningTrainer(
         model=model,
         args=TrainingArguments(tempfile.mkdtemp(), report_to=[], disable_tqdm=True, use_cpu=True),
-        train_dataset=[0],
+        train_dataset=_NoRows([0]),
         data_collator=lambda items: items,
         terms=method.terms,
         scorer=Scorer.for_model(model),
