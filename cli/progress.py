@@ -25,7 +25,7 @@ STAGES = {
     "measure": "timing a few steps",
     "train": "unlearning",
     "post-train": "training",
-    "edit": "changing the weights:",
+    "edit": "changing the model:",
     "curvature": "fitting the curvature",
     "spectra": "working out eigenvalues",
     "save": "saving the model",

@@ -124,7 +124,7 @@ def test_a_clamped_model_is_no_base(saved):
     [
         ({"format": 9}, "later version"),
         ({"layers": [{"kind": "relu"}]}, "is damaged"),
-        ({"clamps_sha256": "0"}, r"is not the file that sae_clamp.json names"),
+        ({"clamps_sha256": "0"}, r"have changed since they were written"),
         (None, "is damaged"),
         ("weights", r"has no sae_clamp\.safetensors"),
         ("cut", "is truncated"),
@@ -142,6 +142,18 @@ def test_a_damaged_folder_is_named(saved, change, message):
         path.write_text("{" if change is None else json.dumps(content | change))
     with pytest.raises(UserError, match=message):
         load_model("clamped", device="cpu")
+
+
+def test_a_clamp_that_was_weakened_by_hand_is_refused(saved):
+    saved()
+    path = Path("clamped/sae_clamp.json")
+    content = json.loads(path.read_text())
+    content["layers"][0]["offset"] = 0.0
+    path.write_text(json.dumps(content))
+    base = content["base_model"]
+    for given in (None, base):
+        with pytest.raises(UserError, match="have changed since they were written"):
+            load_composed("clamped", given, device="cpu")
 
 
 def test_checks_look_through_to_the_base(saved):

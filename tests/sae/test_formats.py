@@ -263,12 +263,12 @@ def test_no_pickle_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         load_dictionary(tmp_path / "ae.pt")
     for name in ("sae.pkl", "model.pt", "weights.bin"):
         (tmp_path / name).write_bytes(pickle.dumps(Malicious(), protocol=2))
-        with pytest.raises(UserError, match="is a pickle, which may run code"):
+        with pytest.raises(UserError, match="is named as a pickle, which may run code"):
             load_dictionary(tmp_path / name)
     inside = tmp_path / "npz"
     inside.mkdir()
     np.savez(inside / "params.npz", W_enc=np.array([Malicious()], dtype=object))
-    with pytest.raises(UserError, match=r"cannot read .*params.npz"):
+    with pytest.raises(UserError, match="holds pickled objects"):
         load_dictionary(inside)
     assert not (tmp_path / "pwned").exists()
 

@@ -228,7 +228,7 @@ def best(trials: Sequence[Trial], start: Measured, how: Budget) -> Trial:
     bounds = bounds or "what a model can still compute"
     raise RunFailed(
         f"no setting stays within {bounds}: the nearest of {len(trials)} ({nearest.setting}) has "
-        f"KL {nearest.found.retain_kl:.4f}, and the retain loss rises by {rise:.4f} nats per token",
+        f"KL {nearest.found.retain_kl:.3g}, and the retain loss rises by {rise:.3g} nats per token",
         "try fewer features, a smaller c or tau, or raise the bound",
     )
 

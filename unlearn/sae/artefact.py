@@ -8,7 +8,8 @@ What is forgotten so is suppressed and not erased: the base, which is needed too
 """
 
 import hashlib
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ class Clamping:
     base: Base
     layers: tuple[Mapping[str, Any], ...]
     front: tuple[int, ...]
-    weights_sha256: str
+    clamps_sha256: str
 
     @classmethod
     def read(cls, source: models.ModelSource) -> "Clamping":
@@ -74,14 +75,21 @@ def check(source: models.ModelSource) -> None:
     Raises:
         UserError: no base where the folder says, or damaged files.
     """
-    folder, found = Path(source.path), Clamping.read(source)
+    found = Clamping.read(source)
+    _require_unchanged(Path(source.path), found)
+    found.base.check(source.path, CONFIG)
+
+
+def _require_unchanged(folder: Path, found: Clamping) -> None:
     weights = folder / WEIGHTS
     if not weights.is_file():
-        raise UserError(f"'{source.path}' has no {WEIGHTS}", "copy it again")
+        raise UserError(f"'{folder}' has no {WEIGHTS}", "copy it again")
     models.check_safetensors(weights)
-    if _sha256(weights) != found.weights_sha256:
-        raise UserError(f"'{weights}' is not the file that {CONFIG} names", "copy the folder again")
-    found.base.check(source.path, CONFIG)
+    if _digest(weights, found.layers, found.front) != found.clamps_sha256:
+        raise UserError(
+            f"'{weights}' and what {CONFIG} says of it have changed since they were written",
+            f"copy the folder again; base_model alone may be changed in {CONFIG}",
+        )
 
 
 def load_composed(
@@ -104,6 +112,8 @@ def load_composed(
     found = Clamping.read(source)
     if base is None:
         check(source)
+    else:
+        _require_unchanged(Path(source.path), found)
     own = found.base.at(base)
     loaded = models.load_model(own.source, device=device)
     own.require_same(source.path, CONFIG)
@@ -129,12 +139,13 @@ def save_composed(model: Any, tokenizer: Any, folder: Path, base: models.ModelSo
     }
     tokenizer.save_pretrained(folder)
     write_tensors(folder / WEIGHTS, tensors, {"format": FORM})
+    layers, front = [clamp.about() for clamp in module.clamps], list(module.front)
     content = {
         "format": FORMAT,
         **recorded(base, tokenizer),
-        "clamps_sha256": _sha256(folder / WEIGHTS),
-        "front": list(module.front),
-        "layers": [clamp.about() for clamp in module.clamps],
+        "clamps_sha256": _digest(folder / WEIGHTS, layers, front),
+        "front": front,
+        "layers": layers,
         "versions": versions(),
     }
     write_json(folder / CONFIG, content)
@@ -167,6 +178,10 @@ def _name(place: int, name: str) -> str:
     return f"{place}.{name}"
 
 
-def _sha256(path: Path) -> str:
+def _digest(path: Path, layers: Sequence[Mapping[str, Any]], front: Sequence[int]) -> str:
+    """Hash the weights of clamps with what is said of them: a model is never silently un-edited."""
+    said = json.dumps([[dict(one) for one in layers], list(front)], sort_keys=True)
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        digest = hashlib.file_digest(file, "sha256")
+    digest.update(said.encode())
+    return digest.hexdigest()

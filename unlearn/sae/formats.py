@@ -101,6 +101,9 @@ def gemma_scope(folder: Path) -> Dictionary:
         with np.load(path, allow_pickle=False) as file:
             weights = {_capital(n): torch.from_numpy(np.asarray(file[n])) for n in file.files}
     except (OSError, ValueError, zipfile.BadZipFile) as error:
+        if "allow_pickle" in str(error):
+            why = "holds pickled objects, which may run code when they are read: they are not"
+            raise UserError(f"'{path}' {why}", "save plain arrays of numbers") from error
         raise UserError(f"cannot read '{path}': {error}", AGAIN) from error
     names = "/".join(folder.absolute().parts[-6:])
     layer = re.search(r"layer_(\d+)", names)

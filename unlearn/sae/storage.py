@@ -82,7 +82,7 @@ def _found(path: Path) -> tuple[str | None, Path]:
 def _unknown(path: Path) -> UserError:
     if path.suffix in (".pt", ".pth", ".pkl", ".pickle", ".bin", ".ckpt"):
         return UserError(
-            f"'{path}' is a pickle, which may run code when it is opened: it is not read",
+            f"'{path}' is named as a pickle, which may run code when it is opened: it is not read",
             "save the weights as safetensors; of pickles only dictionary_learning's ae.pt is "
             "taken, with weights alone",
         )
