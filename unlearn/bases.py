@@ -36,6 +36,16 @@ class Base:
             return self
         return replace(self, source=replace(self.source, path=path, revision=None))
 
+    def loaded(self, folder: str, file: str, *, device: str | None = None) -> Any:
+        """Load it, and refuse it if it is not what it was.
+
+        Raises:
+            UserError: it is missing, or has other weights or another tokenizer.
+        """
+        found = models.load_model(self.source, device=device)
+        self.require_same(folder, file)
+        return found
+
     def check(self, folder: str, file: str) -> None:
         """Refuse a base that is not there, or no plain model; reads no weights.
 
@@ -68,6 +78,13 @@ class Base:
                 f"the tokenizer of '{path}' is not the one that '{folder}' was made with",
                 "restore the base's tokenizer files",
             )
+
+
+def source_of(folder: models.ModelSource | str | Path, dtype: models.Dtype) -> models.ModelSource:
+    """Give a folder as a source: in this precision, where it is given by its path alone."""
+    if isinstance(folder, models.ModelSource):
+        return folder
+    return models.ModelSource(str(folder), dtype=dtype)
 
 
 def recorded(base: models.ModelSource, tokenizer: Any) -> dict[str, Any]:

@@ -19,9 +19,9 @@ KINDS = {
 """File that marks a folder of another kind -> the module that knows it.
 
 Each says in ``WHAT`` what such a folder is, and has ``check(source)``, ``base_of(source)``,
-``load_composed(source, device=…)``, ``holds(model)`` and ``save_composed(model, tokenizer, folder,
-base)``. They build upon the loading of plain models, which finds them here by name, and only when
-it meets such a folder.
+``load_composed(source, device=…)`` and ``holds(model)``; one that can hold a model in memory also
+has ``save_composed(model, tokenizer, folder, base)``. They build upon the loading of plain models,
+which finds them here by name, and only when it meets such a folder.
 """
 
 

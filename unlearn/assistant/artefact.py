@@ -15,7 +15,7 @@ from unlearn import models
 from unlearn.assistant.build import Assistant, compose
 from unlearn.assistant.compose import AssistedForCausalLM
 from unlearn.assistant.rules import RULES, settings
-from unlearn.bases import Base, content_of, recorded
+from unlearn.bases import Base, content_of, recorded, source_of
 from unlearn.errors import UserError, unknown
 from unlearn.head import plain
 from unlearn.runs import versions, write_json
@@ -97,15 +97,11 @@ def load_composed(
     Raises:
         UserError: the base is missing, has other weights or another tokenizer.
     """
-    source = folder
-    if not isinstance(source, models.ModelSource):
-        source = models.ModelSource(str(folder), dtype=dtype)
+    source = source_of(folder, dtype)
     found = Composition.read(source)
     if base is None:
         check(source)
-    own = found.base.at(base)
-    loaded = models.load_model(own.source, device=device)
-    own.require_same(source.path, CONFIG)
+    loaded = found.base.at(base).loaded(source.path, CONFIG, device=device)
     composed = compose(loaded, found.assistant)
     # peft takes seconds to import
     from peft import PeftModel  # noqa: PLC0415

@@ -83,23 +83,12 @@ def _require_files(folder: Path) -> None:
 def load_composed(source: models.ModelSource, *, device: str | None = None) -> Any:
     """Load the base: what it says, and writes, is the same with the predictor or without."""
     check(source)
-    base = Stored.read(source).base
-    base.require_same(source.path, CONFIG)
-    return models.load_model(base.source, device=device)
+    return Stored.read(source).base.loaded(source.path, CONFIG, device=device)
 
 
 def holds(model: Any) -> bool:
     """Tell whether a loaded model is saved as such a folder: never, it is only its base."""
     return False
-
-
-def save_composed(model: Any, tokenizer: Any, folder: Path, base: models.ModelSource) -> None:
-    """Refuse: a predictor is written by :func:`save_predictor`.
-
-    Raises:
-        TypeError: always.
-    """
-    raise TypeError("a model does not hold its mask predictor: use save_predictor")
 
 
 def load_predictor(

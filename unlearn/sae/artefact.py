@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from unlearn import models
-from unlearn.bases import Base, content_of, recorded
+from unlearn.bases import Base, content_of, recorded, source_of
 from unlearn.errors import UserError
 from unlearn.runs import contents, open_tensors, versions, write_json, write_tensors
 from unlearn.sae.clamp import MODES, Clamp
@@ -106,17 +106,13 @@ def load_composed(
     Raises:
         UserError: the base is missing, has other weights or another tokenizer.
     """
-    source = folder
-    if not isinstance(source, models.ModelSource):
-        source = models.ModelSource(str(folder), dtype=dtype)
+    source = source_of(folder, dtype)
     found = Clamping.read(source)
     if base is None:
         check(source)
     else:
         _require_unchanged(Path(source.path), found)
-    own = found.base.at(base)
-    loaded = models.load_model(own.source, device=device)
-    own.require_same(source.path, CONFIG)
+    loaded = found.base.at(base).loaded(source.path, CONFIG, device=device)
     return install(loaded, _clamps(Path(source.path) / WEIGHTS, found), found.front)
 
 
