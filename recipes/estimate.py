@@ -225,8 +225,9 @@ def largest_batch(prepared: Prepared, size: Footprint) -> Batch:
     reading = [(name, term.objective.reads) for term in prepared.terms for name in term.streams]
     whole = {name for name, what in reading if what in ("labelled", "logits")}
     passes: list[tuple[int, int | None]] = []
-    if scored:
-        passes.append((_tokens(size, list(scored.values())), None))
+    apart = prepared.recipe.training.passes == "apart"
+    groups = [[stream] for stream in scored.values()] if apart else [list(scored.values())]
+    passes += [(_tokens(size, group), None) for group in groups if group]
     for layer in _read_layers(prepared):
         streams = [stream for name, stream in chosen.items() if (name, layer) in reads]
         passes.append((_tokens(size, streams), layer))
@@ -246,6 +247,7 @@ def largest_batch(prepared: Prepared, size: Footprint) -> Batch:
         ),
         longest=max(len(row.input_ids) for stream in chosen.values() for row in stream),
         text=f"{count} rows, at most {sum(tokens for tokens, _ in passes):,} tokens",
+        apart=apart,
     )
 
 

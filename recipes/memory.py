@@ -47,7 +47,8 @@ class Batch:
 
     ``passes`` are its forward passes with gradient: tokens, and the layer where they end (None:
     none before the head). ``scored`` are the labelled tokens of each stream, ``full`` the positions
-    of each stream whose whole distributions are kept.
+    of each stream whose whole distributions are kept. ``apart``: each pass goes back before the
+    next begins.
     """
 
     passes: tuple[tuple[int, int | None], ...]
@@ -55,6 +56,7 @@ class Batch:
     full: tuple[int, ...]
     longest: int
     text: str = ""
+    apart: bool = False
 
 
 @dataclass(frozen=True)
@@ -214,9 +216,10 @@ def activations(size: Footprint, batch: Batch, checkpointing: bool) -> tuple[flo
     whole = [tokens * (size.kept[last] + more * depth(last)) for tokens, last in batch.passes]
     passes = zip(whole, batch.passes, strict=True)
     layer = max((kept / depth(last) for kept, (_, last) in passes), default=0.0)
+    held = max if batch.apart else sum
     if not checkpointing:
-        return sum(whole), layer * IN_FLIGHT
-    kept = sum(tokens * size.checkpointed[last] for tokens, last in batch.passes)
+        return held(whole), layer * IN_FLIGHT
+    kept = held(tokens * size.checkpointed[last] for tokens, last in batch.passes)
     return kept, layer * (1 + IN_FLIGHT)
 
 
@@ -238,7 +241,8 @@ def head_bytes(size: Footprint, batch: Batch) -> float:
         reading = 0
     full = [4.0 * count * size.vocabulary for count in batch.full]
     whole = 6 * sum(full) + 2 * max(full, default=0.0)
-    return sum(once) + max(reading, whole)
+    kept = max(once, default=0.0) if batch.apart else sum(once)
+    return kept + max(reading, whole)
 
 
 def communication_buffers(size: Footprint, how: Training) -> float:

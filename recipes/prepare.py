@@ -36,7 +36,7 @@ from unlearn.recipes.schema import Recipe
 from unlearn.recipes.streams import Stream, post_training_streams, read_stream
 from unlearn.recipes.terms import read_by
 from unlearn.sae.candidates import entry_of, placed
-from unlearn.training import Term
+from unlearn.terms import Term
 
 
 @dataclass(frozen=True)
@@ -327,12 +327,24 @@ def _check_terms(prepared: Prepared) -> None:
             _check_short(name, objective.most_tokens, prepared.streams[term.on])
         if term.weighting:
             _check_weighting(prepared, term, term.weighting)
+        if recipe.training.passes == "apart" and objective.reads != "scores":
+            _check_apart(prepared, name)
         if objective.couples_rows({**objective.hyper, **term.hyper}) and split > 1:
             raise UserError(
                 f"'{name}' weighs a whole batch at once, but a step has {split} forward passes",
                 "set training.gradient_accumulation_steps=1 and one process, or another "
                 "granularity",
             )
+
+
+def _check_apart(prepared: Prepared, name: str) -> None:
+    """Refuse what no slopes of log-probabilities can stand for."""
+    if compares := [t.objective.name for t in prepared.terms if t.objective.compares]:
+        raise UserError(
+            f"training.passes=apart given with '{compares[0]}', a loss of two streams, and "
+            f"'{name}', which reads more than the log-probabilities of answers",
+            "set training.passes=together, or leave one of the two out",
+        )
 
 
 def _check_weighting(prepared: Prepared, term: Term, how: Weighting) -> None:

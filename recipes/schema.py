@@ -152,6 +152,8 @@ class TrainingSection(_Section):
     """Optimiser, by its name in transformers."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: about a third slower, far less memory."""
+    passes: Literal["together", "apart"] = "together"
+    """Streams in one forward pass, or one after another: less memory, the same gradient."""
     save_steps: int | None = Field(default=None, ge=1)
     """Optimiser steps between checkpoints; null saves once per epoch."""
     save_total_limit: int | None = Field(default=2, ge=1)

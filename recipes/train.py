@@ -62,7 +62,7 @@ def train(
                 on_step(measured, step)
 
         trainer.add_callback(monitors.EverySteps(every, measure))
-    last = _found_checkpoint(folder.checkpoints, trainer.identity, emit)
+    last = _found_checkpoint(folder.checkpoints, trainer.keeping.identity, emit)
     for message in cautions(prepared):
         emit({"event": "warning", "message": message})
     stage = "post-train" if prepared.recipe.posttrains else "train"
@@ -177,10 +177,13 @@ def make_trainer(
         terms=prepared.terms,
         scorer=scorer,
         live=_live_reference(prepared, model),
-        keep_checkpoints=recipe.training.save_total_limit,
-        identity=training_identity(prepared, weights_hash),
-        best_step=lambda: best_step(folder.best),
+        keeping=checkpoints.Keeping(
+            recipe.training.save_total_limit,
+            training_identity(prepared, weights_hash),
+            lambda: best_step(folder.best),
+        ),
         pruner=prepared.pruner,
+        apart=recipe.training.passes == "apart",
     )
     trainer.remove_callback(PrinterCallback)
     hidden = prepared.engine.startswith("zero")
@@ -277,6 +280,7 @@ def training_arguments(prepared: Prepared, folder: Path) -> TrainingArguments:
             "reference",
             "trainable",
             "gradient_checkpointing",
+            "passes",
             "global_batch_size",
             "collapse",
             "prune",

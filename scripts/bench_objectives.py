@@ -62,7 +62,8 @@ from unlearn.objectives import OBJECTIVES
 from unlearn.packing import can_pack, packable
 from unlearn.reference import LiveReference, score_rows
 from unlearn.scores import Scorer
-from unlearn.training import Term, UnlearningTrainer
+from unlearn.terms import Term
+from unlearn.training import UnlearningTrainer
 
 WARMUP = 2
 VARIANTS = ("plain", "ours")

@@ -56,8 +56,13 @@ def in_turn(workers: Mapping[str, Worker], times: int) -> list[dict[str, Any]]:
 def answer(lines: Iterable[Mapping[str, Any]]) -> None:
     """Be a worker: say each line and wait for a word before the next."""
     for line in lines:
-        print(json.dumps(line), flush=True)
-        sys.stdin.readline()
+        tell(line)
+
+
+def tell(line: Mapping[str, Any]) -> None:
+    """Say one line and wait for a word."""
+    print(json.dumps(line), flush=True)
+    sys.stdin.readline()
 
 
 def resident(what: str = "VmRSS") -> int:

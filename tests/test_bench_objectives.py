@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from unlearn.objectives import OBJECTIVES
-from unlearn.training import Term
+from unlearn.terms import Term
 
 SCRIPTS = str(Path(__file__).parents[1] / "scripts")
 NAMES = ("npo", "satimp", "grad_diff", "rmu")

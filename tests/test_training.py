@@ -21,7 +21,8 @@ from unlearn.objectives import OBJECTIVES
 from unlearn.packing import can_pack, packable
 from unlearn.reference import LiveReference
 from unlearn.scores import Scorer
-from unlearn.training import Term, UnlearningTrainer
+from unlearn.terms import Term
+from unlearn.training import UnlearningTrainer
 
 NPO = (Term(OBJECTIVES["npo"], "forget", 1.0, {"beta": 0.1}), Term(OBJECTIVES["nll"], "retain"))
 DPO = (

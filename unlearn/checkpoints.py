@@ -9,7 +9,8 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,18 @@ def go_back(folder: Path, name: str, identity: Identity | None = None) -> None:
         (folder / ASIDE).mkdir(exist_ok=True)
         shutil.rmtree(folder / ASIDE / newer, ignore_errors=True)
         (folder / newer).rename(folder / ASIDE / newer)
+
+
+@dataclass(frozen=True)
+class Keeping:
+    """Which checkpoints of a training stay: the newest ``newest`` (None: all), and the best step's.
+
+    ``identity`` is what they are of.
+    """
+
+    newest: int | None = 2
+    identity: Identity | None = None
+    best_step: Callable[[], int | None] = lambda: None
 
 
 def prune(folder: Path, keep: int | None, *, best: int | None = None) -> None:

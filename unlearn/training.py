@@ -9,8 +9,8 @@ import math
 import os
 import shutil
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,72 +23,22 @@ from unlearn.activations import read_layer
 from unlearn.data.collate import EpochSampler
 from unlearn.data.pairs import SIDES
 from unlearn.monitors import require_finite_gradients
-from unlearn.objectives import Objective, Said
+from unlearn.objectives import Said
 from unlearn.objectives.dual import Stateful, StepMeans
+from unlearn.passes import Slopes, along, more_to_come, same_dice_later, slopes_of
 from unlearn.posttrain.memory import Memory
 from unlearn.posttrain.pruning import PrunedSampler, Pruner
 from unlearn.posttrain.readings import pair_readings
 from unlearn.posttrain.reweigher import rows_of
-from unlearn.posttrain.reweighting import Rows, Weighting
+from unlearn.posttrain.reweighting import Rows
 from unlearn.posttrain.weighing import Weighing
 from unlearn.ranks import Ranks
 from unlearn.reference import LiveReference
 from unlearn.scores import Scorer, Scores
 from unlearn.scoring import evaluation_mode
+from unlearn.terms import Reads, Term, reads_of
 
 Batch = Mapping[str, Tensor]
-Reads = tuple[str, int | None]
-
-
-@dataclass(frozen=True)
-class Term:
-    """An objective on a stream, with a weight and its hyperparameters.
-
-    ``rejected``, for an objective on pairs, is the stream of the answers to become less likely; its
-    rows belong to those of ``on``, one to one. ``weighting`` lets the rows of ``on`` count by their
-    losses; the objective must have one value per token or per sequence.
-    """
-
-    objective: Objective
-    on: str
-    weight: float = 1.0
-    hyper: Mapping[str, Any] = field(default_factory=dict)
-    rejected: str | None = None
-    weighting: Weighting | None = None
-
-    @property
-    def streams(self) -> tuple[str, ...]:
-        """The streams it reads."""
-        return (self.on,) if self.rejected is None else (self.on, self.rejected)
-
-    @property
-    def layer(self) -> int | None:
-        """The layer it reads, when it reads hidden states."""
-        if self.objective.reads != "hidden":
-            return None
-        return int({**self.objective.hyper, **self.hyper}["layer"])
-
-    @property
-    def reads(self) -> tuple[Reads, ...]:
-        """The streams it reads, each with the layer."""
-        return tuple((stream, self.layer) for stream in self.streams)
-
-    def said(
-        self, policy: Mapping[Reads, Said], reference: Mapping[Reads, Said]
-    ) -> list[Said | None]:
-        """Give what model and frozen start say about what it reads, stream by stream."""
-        return [said for at in self.reads for said in (policy[at], reference.get(at))]
-
-    @property
-    def unit(self) -> str:
-        """What its objective gives one value for: ``token``, ``sequence``, …."""
-        return self.objective.unit
-
-    @property
-    def label(self) -> str:
-        """How events and plots name it: ``forget/npo``."""
-        weighted = "_reweighted" if self.weighting else ""
-        return f"{self.on}/{self.objective.name}{weighted}"
 
 
 class UnlearningTrainer(Trainer):
@@ -96,6 +46,7 @@ class UnlearningTrainer(Trainer):
 
     ``readings`` holds this process's share of the last optimiser step's value of every term (before
     its weight) and of the mean token NLL of every stream, in nats; :meth:`summary` adds them up.
+    ``apart``: the streams of a micro-batch go through the model one after another.
     """
 
     loss_is_scaled_for_ga = True  # compute_loss divides by the units of the whole step itself
@@ -106,10 +57,9 @@ class UnlearningTrainer(Trainer):
         terms: Sequence[Term],
         scorer: Scorer,
         live: LiveReference | None = None,
-        keep_checkpoints: int | None = 2,
-        identity: checkpoints.Identity | None = None,
-        best_step: Callable[[], int | None] = lambda: None,
+        keeping: checkpoints.Keeping | None = None,
         pruner: Pruner | None = None,
+        apart: bool = False,
         **arguments: Any,
     ) -> None:
         super().__init__(**arguments)
@@ -117,15 +67,16 @@ class UnlearningTrainer(Trainer):
         self.losses = [term.objective.bound(term.hyper) for term in self.terms]
         self.scorer = scorer
         self.live = live
-        self.keep_checkpoints = keep_checkpoints
-        self.identity = identity
-        self.best_step = best_step
+        self.keeping = keeping or checkpoints.Keeping()
         self.pruner = pruner
+        self.apart = apart
         self.args._n_gpu = min(self.args.n_gpu, 1)  # one process, one device: never DataParallel
         self.readings: dict[str, Tensor] = {}
         self.grad_norm = 0.0
         self.num_tokens = 0
         self._staging: Path | None = None
+        self._slopes: Slopes = {}
+        self._sides: dict[str, Scores] = {}
         self._want: dict[str, set[str]] = defaultdict(set)
         for term in self.terms:
             if term.objective.reads in ("labelled", "logits"):
@@ -241,44 +192,96 @@ class UnlearningTrainer(Trainer):
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor:
-        """Give this micro-batch's share of the step's loss."""
-        counts = num_items_in_batch
+        """Give the share of the step's loss that these rows have."""
         with self.accelerator.autocast():
+            if self._slopes:
+                return along(self._policy(model, inputs), self._slopes)
             reference = self._reference(model, inputs)  # first: an engine's last pass is the one
             policy = self._policy(model, inputs)  # that it goes back through
-            parts = []
-            for place, (term, loss) in enumerate(zip(self.terms, self.losses, strict=True)):
-                losses = term.objective.apply(loss, *term.said(policy, reference))
-                scores, batch = policy.get((term.on, None)), inputs[term.on]
-                losses, told = self.weighing.apply(place, losses, scores, batch)
-                for name, value in told.items():
-                    self._read(name, value)
-                part = losses.sum() / counts[term.label].clamp_min(1)
-                self._read(term.label, part)
-                parts.append(term.weight * part)
-        if self.pruner:
-            anchor = self.train_dataset.anchor
-            self.pruner.see(policy[anchor, None], inputs[anchor])
-        labels = {term.label for term in self.terms}  # a term may be that very mean
-        said = {
-            stream: scores for (stream, _), scores in policy.items() if isinstance(scores, Scores)
-        }
-        for stream, read in said.items():
-            if f"{stream}/nll" not in labels:
-                self._read(f"{stream}/nll", -read.log_probs.sum() / counts[stream])
-        watched = {stream: said[stream] for stream in sorted(self._watched)}
-        for name, part in pair_readings(watched, counts):
-            self._read(name, part)
+            return self._loss(policy, reference, inputs, num_items_in_batch)
+
+    def _loss(
+        self,
+        policy: Mapping[Reads, Said],
+        reference: Mapping[Reads, Said],
+        inputs: Mapping[str, Batch],
+        counts: Mapping[str, Tensor],
+    ) -> Tensor:
+        """Add up the terms on these rows; read what is told of the step."""
+        parts = []
+        for place, (term, loss) in enumerate(zip(self.terms, self.losses, strict=True)):
+            if term.on not in inputs:
+                continue
+            losses = term.objective.apply(loss, *term.said(policy, reference))
+            scores, batch = policy.get((term.on, None)), inputs[term.on]
+            losses, told = self.weighing.apply(place, losses, scores, batch)
+            for name, value in told.items():
+                self._read(name, value)
+            part = losses.sum() / counts[term.label].clamp_min(1)
+            self._read(term.label, part)
+            parts.append(term.weight * part)
+        self._tell(policy, inputs, counts)
         # Engines average gradients over ranks, the counts are global: undo the average.
         return torch.stack(parts).sum() * self.accelerator.num_processes
 
+    def _tell(
+        self,
+        policy: Mapping[Reads, Said],
+        inputs: Mapping[str, Batch],
+        counts: Mapping[str, Tensor],
+    ) -> None:
+        """Read off what is watched beside the terms."""
+        said = {name: one for (name, _), one in policy.items() if isinstance(one, Scores)}
+        if self.pruner and (anchor := self.train_dataset.anchor) in said:
+            self.pruner.see(said[anchor], inputs[anchor])
+        labels = {term.label for term in self.terms}  # a term may be that very mean
+        for stream, read in said.items():
+            if f"{stream}/nll" not in labels:
+                self._read(f"{stream}/nll", -read.log_probs.sum() / counts[stream])
+        self._sides |= {name: said[name].detach() for name in self._watched & said.keys()}
+        if self._sides.keys() == self._watched:
+            for name, part in pair_readings(self._sides, counts):
+                self._read(name, part)
+            self._sides = {}
+
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        """Do one forward and backward pass; check the first step's gradients before clipping."""
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        """Do the passes of a micro-batch; check the first step's gradients before clipping."""
+        passes = self._one_by_one if self.apart else super().training_step
+        loss = passes(model, inputs, num_items_in_batch)
         if self.state.global_step == 0 and self.accelerator.sync_gradients:
             norm = self.is_deepspeed_enabled and self.deepspeed.get_global_grad_norm()
             require_finite_gradients(model, None if norm is False else float(norm))
         return loss
+
+    def _one_by_one(self, model: Any, inputs: Any, counts: Any) -> Tensor:
+        """Send one stream after another there and back."""
+        coupled = any(term.rejected for term in self.terms)
+        value = self._find_slopes(model, inputs, counts) if coupled else None
+        read = {stream for term in self.terms for stream in term.streams}
+        *early, last = [{name: batch} for name, batch in inputs.items() if name in read]
+        losses = []
+        for part in early:
+            with more_to_come(self.accelerator, model, self.is_deepspeed_enabled):
+                losses.append(super().training_step(model, part, counts))
+        losses.append(super().training_step(model, last, counts))
+        self._slopes = {}
+        return torch.stack(losses).sum() if value is None else value
+
+    @torch.no_grad()
+    def _find_slopes(self, model: Any, inputs: Any, counts: Any) -> Tensor:
+        """Give the loss, and keep how it changes with each log-probability."""
+        model.train()
+        inputs = self._prepare_inputs(inputs)
+        policy: dict[Reads, Any] = {}
+        with self.accelerator.autocast():
+            reference = self._reference(model, inputs)
+            with same_dice_later():
+                for name, batch in inputs.items():
+                    policy |= self._policy(model, {name: batch})
+            with torch.enable_grad():
+                loss = partial(self._loss, reference=reference, inputs=inputs, counts=counts)
+                value, self._slopes = slopes_of(loss, policy)
+        return value
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """Keep the norm of the step's whole gradient, before clipping, for :meth:`summary`."""
@@ -295,7 +298,7 @@ class UnlearningTrainer(Trainer):
 
     def _policy(self, model: Any, inputs: Mapping[str, Batch]) -> dict[Reads, Said]:
         """Ask the model once for scores, and once per layer for what leaves it."""
-        reads = _reads(self.terms)
+        reads = [read for read in reads_of(self.terms) if read[0] in inputs]
         hidden_only = {stream for stream, _ in reads} - {s for s, layer in reads if layer is None}
         asked = {stream: inputs[stream] for stream in inputs if stream not in hidden_only}
         scores = self.scorer.streams(model, asked, want=self._want) if asked else {}
@@ -309,14 +312,14 @@ class UnlearningTrainer(Trainer):
     def _reference(self, model: Any, inputs: Mapping[str, Batch]) -> dict[Reads, Said]:
         found: dict[Reads, Said] = {}
         asked: dict[int | None, dict[str, Batch]] = defaultdict(dict)
-        asking = [term for term in self.terms if term.objective.uses_reference]
+        asking = [t for t in self.terms if t.objective.uses_reference and t.on in inputs]
         asked_whole = {
             stream
             for term in asking
             if term.objective.reads in ("labelled", "logits")
             for stream in term.streams
         }
-        for stream, layer in _reads(asking):
+        for stream, layer in reads_of(asking):
             batch = inputs[stream]
             stored = "reference_log_probs" in batch and stream not in asked_whole
             if layer is None and stored:
@@ -351,7 +354,7 @@ class UnlearningTrainer(Trainer):
         """Write the checkpoint elsewhere, seal it, and only then give it its name."""
         name = f"checkpoint-{self.state.global_step}"
         folder, ranks = Path(self.args.output_dir), Ranks.world()
-        if ranks.first(lambda: checkpoints.problem(folder / name, self.identity) is None):
+        if ranks.first(lambda: checkpoints.problem(folder / name, self.keeping.identity) is None):
             return
         self._staging = Path(ranks.first(lambda: str(checkpoints.begin(folder / name))))
         try:
@@ -370,13 +373,9 @@ class UnlearningTrainer(Trainer):
             os.rename(path, self._staging / path.name)
         written.rmdir()
         (self._staging / "training_args.bin").unlink(missing_ok=True)  # a pickle nothing reads
-        checkpoints.seal(self._staging, folder, self.identity)
-        checkpoints.prune(folder.parent, self.keep_checkpoints, best=self.best_step())
-
-
-def _reads(terms: Iterable[Term]) -> list[Reads]:
-    """List what terms read, each once."""
-    return list(dict.fromkeys(read for term in terms for read in term.reads))
+        keeping = self.keeping
+        checkpoints.seal(self._staging, folder, keeping.identity)
+        checkpoints.prune(folder.parent, keeping.newest, best=keeping.best_step())
 
 
 def _total(parts: Any) -> Tensor:

@@ -175,7 +175,8 @@ def test_the_trainer_walks_through_the_epochs(
 
     from unlearn.objectives import OBJECTIVES
     from unlearn.scores import Scorer
-    from unlearn.training import Term, UnlearningTrainer
+    from unlearn.terms import Term
+    from unlearn.training import UnlearningTrainer
 
     seen: list[Any] = []
 

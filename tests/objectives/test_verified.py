@@ -9,7 +9,7 @@ import torch
 
 from unlearn.objectives import batch_loss
 from unlearn.objectives.verified import error_norms
-from unlearn.scores import Scorer, Scores, label_mask
+from unlearn.scores import Scorer, Scores
 
 LENGTHS = {"chosen": (9, 5, 12), "rejected": (7, 14, 6)}
 
@@ -205,47 +205,3 @@ def test_preference_is_dpo_without_its_factor(model: Any, build_tiny_model: Any)
     plain = batch_loss("preference", ours["chosen"], start["chosen"], **given)
     scaled = batch_loss("dpo", ours["chosen"], start["chosen"], **given)
     assert float(plain.detach()) == pytest.approx(0.15 * float(scaled.detach()))
-
-
-@pytest.mark.parametrize(("length_norm", "loss_type"), [(False, "sigmoid"), (True, "sigmoid_norm")])
-def test_dpo_equals_trl(
-    length_norm: bool, loss_type: str, build_tiny_model: Any, tmp_path: Any
-) -> None:
-    """TRL's DPOTrainer on the same six rows: the same loss to float32 rounding."""
-    from tests.conftest import build_tokenizer
-
-    trl = pytest.importorskip("trl")
-    model, start = build_tiny_model(), build_tiny_model(seed=3)
-    rows = [{"prompt": "Where was Ada?", "chosen": " Oslo.", "rejected": " In a small boat."}]
-    from datasets import Dataset
-
-    trainer = trl.DPOTrainer(
-        model=model,
-        ref_model=start,
-        args=trl.DPOConfig(
-            output_dir=str(tmp_path / "out"), loss_type=[loss_type], beta=0.2, bf16=False,
-            gradient_checkpointing=False, report_to=[], use_cpu=True, max_length=None,
-        ),
-        train_dataset=Dataset.from_list(rows),
-        processing_class=build_tokenizer(chat=False),
-    )  # fmt: skip
-    inputs = trainer.data_collator([trainer.train_dataset[0]])
-    trainer.model.eval()
-    with torch.no_grad():
-        theirs = float(trainer.compute_loss(trainer.model, dict(inputs)))
-    mask = inputs["completion_mask"].bool() & inputs["attention_mask"].bool()
-    labels = inputs["input_ids"].masked_fill(~mask, -100)
-    whole = {**{k: inputs[k] for k in ("input_ids", "attention_mask")}, "labels": labels}
-    both = {
-        name: {s: Scorer.for_model(m)(m, {k: v[i : i + 1] for k, v in whole.items()})
-               for i, s in enumerate(LENGTHS)}
-        for name, m in (("ours", model), ("start", start))
-    }  # fmt: skip
-    assert int(label_mask(labels).sum()) > 4
-    found = batch_loss(
-        "preference", both["ours"]["chosen"], both["start"]["chosen"],
-        rejected=both["ours"]["rejected"], rejected_reference=both["start"]["rejected"],
-        beta=0.2, length_norm=length_norm,
-    )  # fmt: skip
-    assert theirs == pytest.approx(float(found.detach()), abs=1e-5)
-    assert theirs != pytest.approx(math.log(2), abs=1e-4)  # that of no difference at all

@@ -160,3 +160,6 @@ def test_two_processes_take_the_steps_of_one(make: Any, tmp_path: Path) -> None:
         found = load_file(tmp_path / f"rank-{rank}")
         for name, weights in expected.items():
             torch.testing.assert_close(found[name], weights, rtol=0, atol=EXACT, msg=name)
+        for name in trainers.APART:
+            apart = found[f"{name} apart"]
+            torch.testing.assert_close(apart, expected[name], rtol=0, atol=EXACT, msg=name)

@@ -21,7 +21,8 @@ from unlearn.data.encode import Example
 from unlearn.objectives import OBJECTIVES
 from unlearn.posttrain.reweighting import Weighting
 from unlearn.scores import Scorer
-from unlearn.training import Term, UnlearningTrainer
+from unlearn.terms import Term
+from unlearn.training import UnlearningTrainer
 
 ROWS = 13
 
@@ -60,10 +61,16 @@ METHODS: dict[str, tuple[Term, ...]] = {
     "sample": weighted("step", objective="answer_nll"),
 }
 ON_RANKS = ("redi", "dpo", "micro", "step", "stream", "cached")
+APART = ("redi", "dpo", "step")
 
 
 def make_trainer(
-    model: Any, folder: Path, terms: Sequence[Term], pruner: Any = None, **changes: Any
+    model: Any,
+    folder: Path,
+    terms: Sequence[Term],
+    pruner: Any = None,
+    apart: bool = False,
+    **changes: Any,
 ) -> Any:
     """Build a trainer on the streams that the terms read."""
     read = {stream for one in terms for stream in one.streams}
@@ -87,6 +94,7 @@ def make_trainer(
         terms=terms,
         scorer=scorer,
         pruner=pruner,
+        apart=apart,
     )
 
 
@@ -117,6 +125,10 @@ def main() -> None:
         name: flat(trained(load(folder), folder, METHODS[name], per_device_train_batch_size=4))
         for name in ON_RANKS
     }
+    for name in APART:
+        half = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+        weights = trained(load(folder), folder, METHODS[name], apart=True, **half)
+        found[f"{name} apart"] = flat(weights)
     save_file(found, folder / f"rank-{rank}")
     distributed.destroy_process_group()
 

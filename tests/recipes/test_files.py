@@ -65,7 +65,7 @@ def test_methods_and_presets_are_the_files_in_the_folder():
 
 POST_TRAINING = {
     *("learning_rate", "num_train_epochs", "warmup_epochs", "lr_scheduler_type", "weight_decay"),
-    "gradient_accumulation_steps",
+    *("gradient_accumulation_steps", "passes"),
 }
 
 

@@ -272,6 +272,25 @@ def test_a_plan_counts_both_stages(recipe: Any) -> None:
     assert part["why"].startswith("8 rows, ")
 
 
+def test_streams_apart_need_less_memory(recipe: Any) -> None:
+    """The published recipe sends one side after the other; together both are held."""
+
+    def activations(*change: str) -> float:
+        planned = plan_run(prepare(recipe("redi", "first=null", *change)))
+        return next(one for one in planned["memory"] if one["part"] == "activations")["bytes"]
+
+    together = activations("training.passes=together")
+    assert 0.4 * together < activations() < 0.7 * together
+
+
+def test_what_slopes_cannot_stand_for_is_refused(recipe: Any) -> None:
+    dpo = "{objective: preference, on: chosen, rejected: rejected}"
+    terms = f"terms=[{dpo}, {{objective: ent_nll, on: text}}]"
+    with pytest.raises(UserError, match=r"training.passes=apart given with 'preference'"):
+        prepare(recipe("dpo", "training.passes=apart", terms))
+    prepare(recipe("dpo", terms))
+
+
 def test_reweighting_and_pruning_run_and_tell_what_they_did(recipe: Any) -> None:
     """Ten rows, four epochs, half of the easy half left out of three: 10 + 3 * 7 rows."""
     changes = [
