@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from matplotlib.ticker import MaxNLocator
-from torch import Tensor
 from transformers import DynamicCache
 
 from unlearn import models
@@ -54,25 +53,18 @@ class Measured:
 @torch.inference_mode()
 def plain_decode(
     model: Any, prompt: Sequence[int], *, max_new_tokens: int, stops: frozenset[int]
-) -> tuple[list[int], list[float]]:
-    """Write a greedy continuation token by token with a cache, as everyone does.
-
-    Gives the tokens, and for each how far its logit was above the next best.
-    """
+) -> list[int]:
+    """Write a greedy continuation token by token with a cache, as everyone does."""
     cache = DynamicCache(config=model.config)
     ids = torch.tensor([list(prompt)], device=next(model.parameters()).device)
     tokens: list[int] = []
-    tops: list[Tensor] = []
     while len(tokens) < max_new_tokens:
         output = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        logits = output.logits[0, -1]
-        tops.append(logits.topk(2).values)
-        ids = logits.argmax()[None, None]
+        ids = output.logits[0, -1].argmax()[None, None]
         tokens.append(int(ids))
         if tokens[-1] in stops:
             break
-    gaps = [float(top[0] - top[1]) for top in tops]
-    return tokens, gaps
+    return tokens
 
 
 def measure_drafts(
@@ -106,7 +98,7 @@ def measure_drafts(
             (told, seconds), (written, faster) = both.plain(), both.drafted()
         else:
             (written, faster), (told, seconds) = both.drafted(), both.plain()
-        tied = _compare(predictor, written.tokens, *told, place=turn + 1)
+        tied = _compare(predictor, prompt, written.tokens, told, place=turn + 1)
         found.append(Measured(domain, written, seconds, faster, tied))
         progress(turn + 1, len(every))
     return found
@@ -122,51 +114,76 @@ class _Both:
     stops: frozenset[int]
     drafting: Drafting | None
 
-    def plain(self) -> tuple[tuple[list[int], list[float]], float]:
+    def plain(self) -> tuple[list[int], float]:
         model = self.predictor.model
         with self.predictor.detached():
             return _timed(
-                lambda: plain_decode(model, self.prompt, max_new_tokens=self.room, stops=self.stops)
+                self.predictor.device,
+                lambda: plain_decode(
+                    model, self.prompt, max_new_tokens=self.room, stops=self.stops
+                ),
             )
 
     def drafted(self) -> tuple[Written, float]:
         return _timed(
+            self.predictor.device,
             lambda: decode(
                 self.predictor,
                 self.prompt,
                 max_new_tokens=self.room,
                 stops=self.stops,
                 drafting=self.drafting,
-            )
+            ),
         )
 
 
-def _timed(work: Callable[[], Any]) -> tuple[Any, float]:
+def _timed(device: torch.device, work: Callable[[], Any]) -> tuple[Any, float]:
+    """Give what the work gives, and its seconds; a GPU has nothing to do before and after."""
+    _finish(device)
     begun = time.perf_counter()
     found = work()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    _finish(device)
     return found, time.perf_counter() - begun
 
 
+def _finish(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def _compare(
-    predictor: MaskPredictor, ours: list[int], theirs: list[int], gaps: list[float], *, place: int
+    predictor: MaskPredictor,
+    prompt: Sequence[int],
+    ours: list[int],
+    theirs: list[int],
+    *,
+    place: int,
 ) -> bool:
     """Tell whether texts part at a tie; they may part nowhere else."""
     if ours == theirs:
         return False
-    at = next(
-        (i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b),
-        min(len(ours), len(theirs)),
-    )
-    gap = gaps[at] if at < len(gaps) else float("inf")
-    if gap > TIE[predictor.dtype]:
+    pairs = zip(ours, theirs, strict=False)
+    least = min(len(ours), len(theirs))
+    at = next((i for i, (a, b) in enumerate(pairs) if a != b), least)
+    gap = float("inf")
+    if at < least:
+        gap = _gap(predictor, [*prompt, *theirs[:at]], theirs[at], ours[at])
+    if abs(gap) > TIE[predictor.dtype]:
         raise RunFailed(
             f"prompt {place}: token {at + 1} is {ours[at : at + 1]} with drafts, "
             f"{theirs[at : at + 1]} without, whose logit is higher by {gap:.3g}",
             "drafts must not change the text: please report this model",
         )
     return True
+
+
+@torch.inference_mode()
+def _gap(predictor: MaskPredictor, text: Sequence[int], one: int, other: int) -> float:
+    """Give how far the logit of one token is above that of another after a text."""
+    with predictor.detached():
+        ids = torch.tensor([list(text)], device=predictor.device)
+        logits = predictor.model(input_ids=ids, logits_to_keep=1).logits[0, -1]
+    return float(logits[one]) - float(logits[other])
 
 
 def summary(found: Sequence[Measured]) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from unlearn.mtp.settings import TrainSettings
 from unlearn.mtp.train import train_predictor
 
 PHRASES, LENGTH, VOCABULARY, FIRST = 6, 12, 32, 2
+WIDE = 1024
 VARIANTS: dict[str, dict[str, Any]] = {
     "all parts": {},
     "without sampler": {"sampler": "none"},
@@ -58,32 +59,49 @@ def toy_rows(number: int, phrases: int = 5, seed: int = 0) -> list[list[int]]:
     ]
 
 
-def toy_model(width: int, layers: int, steps: int) -> Any:
-    """Train a Llama on the toy language."""
+def toy_model(
+    width: int,
+    layers: int,
+    steps: int,
+    *,
+    vocabulary: int = VOCABULARY,
+    seed: int = 0,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Any:
+    """Train a Llama on the toy language in fp32, or under bf16 autocast, and give it in ``dtype``.
+
+    From a width of 1024 on it has the proportions of Llama 3.2 1B: heads of 64, four to a key
+    head, feed-forward layers of four widths, tied embeddings.
+    """
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    torch.manual_seed(0)
-    heads = max(2, width // 32)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=VOCABULARY, hidden_size=width, intermediate_size=2 * width,
-            num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=heads,
-            max_position_embeddings=256, eos_token_id=None, pad_token_id=0, bos_token_id=1,
-        )
+    torch.manual_seed(seed)
+    wide = width >= WIDE
+    heads = max(2, width // (64 if wide else 32))
+    config = LlamaConfig(
+        vocab_size=vocabulary, hidden_size=width, intermediate_size=(4 if wide else 2) * width,
+        num_hidden_layers=layers, num_attention_heads=heads, tie_word_embeddings=wide,
+        num_key_value_heads=heads // 4 if wide else heads, max_position_embeddings=1024,
+        eos_token_id=None, pad_token_id=0, bos_token_id=1,
     )  # fmt: skip
+    with torch.device(device):
+        model = LlamaForCausalLM(config)
     peak = 3e-3 * (64 / width) ** 0.5
     optimiser = torch.optim.AdamW(model.parameters(), lr=peak)
+    low = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=dtype != torch.float32)
     for step in range(steps):
-        ids = torch.tensor(toy_rows(16, 4, seed=step))
+        ids = torch.tensor(toy_rows(16, 4, seed=1000 * seed + step), device=device)
         for group in optimiser.param_groups:
             group["lr"] = peak * min(1.0, (step + 1) / 20, (steps - step) / (steps / 4))
-        loss = model(input_ids=ids, labels=ids).loss
+        with low:
+            loss = model(input_ids=ids, labels=ids).loss
         optimiser.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
     print(f"base: loss {loss.item():.3f} nats per token after {steps} steps", flush=True)
-    return model.eval()
+    return model.to(dtype).eval().requires_grad_(False)
 
 
 def own_rows(model: Any, number: int, length: int) -> list[list[int]]:
@@ -133,7 +151,7 @@ def main() -> None:
     )  # fmt: skip
     stops = stop_ids(model, tokenizer)
     asked = [
-        (prompt, plain_decode(model, prompt, max_new_tokens=given.tokens, stops=stops)[0])
+        (prompt, plain_decode(model, prompt, max_new_tokens=given.tokens, stops=stops))
         for prompt in prompts
     ]
     found = {}

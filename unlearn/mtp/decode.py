@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.functional import pad
 
 from unlearn.errors import UserError
 from unlearn.mtp.cache import preallocated
@@ -178,9 +179,9 @@ class _State:
         return tokens[: kept + 1], drafted, kept
 
     def _forward(self, regular: int, blocks: tuple[Block, ...]) -> Float[Tensor, "token width"]:
-        offsets, sees, which = (one.to(self.known.device) for one in step_layout(regular, blocks))
+        offsets, sees, which = step_layout(regular, blocks, self.known.device)
         past = self.cache.get_seq_length()
-        visible = torch.cat([sees.new_ones(len(sees), past), sees], 1)
+        visible = pad(sees, (past, 0), value=True)
         ids = torch.cat([self.known, self.drafts])
         embedded = torch.cat([self.predictor.embed(ids), self.masks[which]])
         with self.predictor.gate.open(len(which)):

@@ -77,15 +77,24 @@ class GatedLora:
             masks = self.gate.masks
             if not masks:
                 return None
-            added = self._added(product, args[0][..., -masks:, :])
+            x = args[0]
+            one_text = len(output) == 1 and output.is_contiguous() and output.dtype == x.dtype
+            if one_text and not torch.is_grad_enabled():
+                self._add_in_place(product, x[0, -masks:], output[0, -masks:])
+                return None
+            added = self._added(product, x[..., -masks:, :])
             if masks == output.shape[-2]:
                 return output + added
-            if torch.is_grad_enabled():
-                return torch.cat([output[..., :-masks, :], output[..., -masks:, :] + added], -2)
-            output[..., -masks:, :] += added
-            return None
+            return torch.cat([output[..., :-masks, :], output[..., -masks:, :] + added], -2)
 
         return add
+
+    def _add_in_place(
+        self, product: Product, x: Float[Tensor, "mask in_width"], y: Float[Tensor, "mask width"]
+    ) -> None:
+        """Add to what the layer gave in two kernels: on a GPU their number is the cost."""
+        a, b = (one if one.dtype == x.dtype else one.to(x.dtype) for one in product)
+        y.addmm_(x @ a.t(), b.t(), alpha=self.scale)
 
     def _added(self, product: Product, x: Float[Tensor, "*batch token in_width"]) -> Tensor:
         """Compute in the precision of the model, whatever the product is kept in."""

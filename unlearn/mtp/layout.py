@@ -97,12 +97,13 @@ def draw_anchors(
 @lru_cache(maxsize=256)
 @torch.inference_mode(False)  # what is kept may be used with gradients too
 def step_layout(
-    regular: int, blocks: tuple[Block, ...]
+    regular: int, blocks: tuple[Block, ...], device: torch.device | None = None
 ) -> tuple[Int[Tensor, " token"], Bool[Tensor, "token token"], Int[Tensor, " mask"]]:
     """Lay out one step of decoding: ordinary tokens, then blocks of masks.
 
     Gives each token's position after the first one's, what it sees of this step (of what came
-    before it sees all), and which mask each mask is, from 0. They are kept: do not change them.
+    before it sees all), and which mask each mask is, from 0. They are kept, on the device, since
+    every copy to it is a wait: do not change them.
     """
     total = regular + sum(length for _, length in blocks)
     offsets, which = list(range(regular)), []
@@ -116,7 +117,8 @@ def step_layout(
         offsets += [anchor + 1 + j for j in range(length)]
         which += list(range(length))
         start = end
-    return torch.tensor(offsets), sees, torch.tensor(which, dtype=torch.long)
+    places, masks = torch.tensor(offsets), torch.tensor(which, dtype=torch.long)
+    return places.to(device), sees.to(device), masks.to(device)
 
 
 def block_rows(regular: int, blocks: Sequence[Block], anchor: int) -> slice | None:

@@ -18,6 +18,7 @@ from unlearn.mtp.settings import Shape
 
 ATTENTION = ("sdpa", "eager")
 """Attention that takes any mask."""
+COARSE_NOISE = 0.05
 
 
 class MaskPredictor:
@@ -171,18 +172,31 @@ class MaskPredictor:
         self.model.eval()
         number, k = 6, self.shape.k
         ids = torch.arange(number, device=device) % self.head.vocabulary
-        offsets, sees, which = (one.to(device) for one in step_layout(number, ((number - 1, k),)))
+        offsets, sees, which = step_layout(number, ((number - 1, k),), device)
         masks = self.masks.to(device, self.dtype)
         embedded = torch.cat([self.embed(ids), masks[which]])
         hidden = self.read(embedded, offsets, sees, None)[:number]
         theirs = self.model(input_ids=ids[None]).logits[0]
         self.model.train(was)
-        if not same_log_probs(self.head.logits(hidden), theirs, self.model):
+        if not _agree(self.head.logits(hidden), theirs, self.model):
             raise UserError(
                 f"{type(self.model).__name__} gives other logits when masks follow a text",
                 "its forward pass or attention is of a kind that mask-token prediction cannot use",
             )
         return float(hidden.float().square().mean().sqrt())
+
+
+def _agree(ours: Tensor, theirs: Tensor, model: Any) -> bool:
+    """Tell whether logits of two forward passes of other shapes are the same up to rounding.
+
+    Half precision rounds in every layer, and logits of 16 and more to an eighth: there the noise,
+    as a share of the spread of the logits, is what can be bounded.
+    """
+    if same_log_probs(ours, theirs, model):
+        return True
+    if theirs.dtype not in (torch.bfloat16, torch.float16) or ours.shape != theirs.shape:
+        return False
+    return float((ours - theirs).std()) < COARSE_NOISE * float(theirs.float().std())
 
 
 @contextmanager
