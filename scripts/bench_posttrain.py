@@ -21,7 +21,7 @@ Each side runs in a process of its own. They take steps in turn, one waiting for
 are medians over these pairs. Both do whole steps of ``train()``: fetching and padding rows, going
 there and back, clipping, the optimiser. ``--memory``: the peak beyond that of the process before it
 has a model: resident size on a CPU, in runs of their own whose allocator gives freed blocks back at
-once; allocated memory on CUDA.
+once; on CUDA what the allocator held at most in the last step that was timed.
 
 What bounds it, in units of one forward pass over the real tokens: theirs is 4 (the start 1, there
 and back 3) times what padding adds, ours 3; the gain is 4/3 of the padding, which is the longer
@@ -51,6 +51,7 @@ from turns import EXACT, forget_peak, in_turn, resident, said, tell, worker
 from unlearn import reference
 from unlearn.data import Template, encode
 from unlearn.data.collate import Collator, StreamDataset
+from unlearn.data.pairs import SIDES as ANSWERS
 from unlearn.data.pairs import sides_of
 from unlearn.objectives import OBJECTIVES
 from unlearn.packing import can_pack, packable
@@ -59,6 +60,7 @@ from unlearn.terms import Term
 from unlearn.training import UnlearningTrainer
 
 METHODS = ("redi", "dpo", "dpo-apart")
+SIDES = ("trl", "ours")
 BETA = 0.1
 PROMPT = 24
 """Tokens of every prompt."""
@@ -76,8 +78,8 @@ def main() -> None:
     found = {"pairs": _told(pairs(options))}
     for method in options.methods:
         found[method] = _race(method, options, arguments)
-        if options.memory:
-            found[method] |= _memory(method, options, arguments)
+        if options.memory and not torch.cuda.is_available():
+            found[method] |= _memory(method, arguments)
         print(f"{method}: {found[method]['speedup']} times as fast", file=sys.stderr)
     print(json.dumps(found, indent=2))
 
@@ -110,11 +112,7 @@ def pairs(options: argparse.Namespace) -> list[dict[str, str]]:
         return round(math.exp(dice.uniform(low, high))) - PROMPT - 1
 
     return [
-        {
-            "prompt": words(PROMPT),
-            "chosen": " " + words(length()),
-            "rejected": " " + words(length()),
-        }
+        {"prompt": words(PROMPT)} | {side: f" {words(length())}" for side in ANSWERS}
         for _ in range(options.batch * options.accumulation)
     ]
 
@@ -132,9 +130,7 @@ def tokenizer(vocabulary: int) -> Any:
 
 
 def _told(rows: Sequence[dict[str, str]]) -> dict[str, Any]:
-    lengths = [
-        PROMPT + len(row[side].split()) + 1 for row in rows for side in ("chosen", "rejected")
-    ]
+    lengths = [PROMPT + len(row[side].split()) + 1 for row in rows for side in ANSWERS]
     return {"rows": len(lengths), "tokens": sum(lengths), "longest": max(lengths)}
 
 
@@ -148,10 +144,9 @@ def _race(method: str, options: argparse.Namespace, arguments: Sequence[str]) ->
         _check_losses(steps)
     ratios = [step["trl"]["seconds"] / step["ours"]["seconds"] for step in steps]
     tokens = _told(pairs(options))["tokens"]
-    seconds = {
-        side: statistics.median(step[side]["seconds"] for step in steps) for side in ("trl", "ours")
-    }
-    return {
+    seconds = {side: statistics.median(step[side]["seconds"] for step in steps) for side in SIDES}
+    found = _peaks(steps[-1]) if torch.cuda.is_available() else {}
+    return found | {
         "speedup": round(statistics.median(ratios), 2),
         "lowest": round(min(ratios), 2),
         "highest": round(max(ratios), 2),
@@ -166,12 +161,17 @@ def _check_losses(steps: Sequence[dict[str, Any]]) -> None:
             sys.exit(f"the losses differ: {theirs} and {ours}")
 
 
-def _memory(method: str, options: argparse.Namespace, arguments: Sequence[str]) -> dict[str, Any]:
-    peaks = {}
-    for side in ("trl", "ours"):
+def _memory(method: str, arguments: Sequence[str]) -> dict[str, Any]:
+    step = {}
+    for side in SIDES:
         with worker(__file__, arguments, method, side, **EXACT) as process:
             said(process)
-            peaks[side] = [said(process, "go")["peak"] for _ in range(2)][-1]
+            step[side] = [said(process, "go") for _ in range(2)][-1]
+    return _peaks(step)
+
+
+def _peaks(step: dict[str, Any]) -> dict[str, Any]:
+    peaks = {side: step[side]["peak"] for side in SIDES}
     return {
         "memory_ratio": round(peaks["ours"] / peaks["trl"], 3),
         "peak_mebibytes": {side: round(peak / 2**20) for side, peak in peaks.items()},
@@ -275,11 +275,10 @@ def _ours(
         side: encode(part, words, template, max_length=options.longest + PROMPT, source=side)
         for side, part in rows.items()
     }
-    scorer = Scorer.for_model(model)
+    scorer = Scorer.for_model(model.to("cuda" if torch.cuda.is_available() else "cpu"))
     stored = {}
     if method != "redi":
         stored = {side: reference.score_rows(scorer, model, part) for side, part in streams.items()}
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
     return UnlearningTrainer(
         model=model,
         args=TrainingArguments(
