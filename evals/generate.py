@@ -85,7 +85,7 @@ class Sampling:
         found = (logits / self.temperature).softmax(-1)
         if self.top_p >= 1:
             return found
-        falling, order = found.sort(-1, descending=True, stable=True)
+        falling, order = found.sort(dim=-1, descending=True, stable=True)
         before = falling.cumsum(-1) - falling
         outside = torch.zeros_like(found, dtype=torch.bool).scatter(-1, order, before >= self.top_p)
         return found.masked_fill(outside, 0.0)

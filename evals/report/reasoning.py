@@ -99,7 +99,7 @@ def _examples(records: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[dict
     """Give the first right and the first wrong samples, each of another problem."""
     found = []
     for title, wanted in (("Right", True), ("Wrong", False)):
-        chosen = []
+        chosen: list[dict[str, Any]] = []
         for record in records:
             one = next((s for s in record["samples"] if s["correct"] == wanted), None)
             if one and len(chosen) < SHOWN:
