@@ -145,7 +145,7 @@ def evaluate_math(
         settings = asking.settings() | {"judge": judge.version}
         if out is not None:
             check_folder(out, settings)
-        asking.get_ready(out)
+        asking.get_ready()
         with kept(out, settings | asking.identity) as found:
             benchmark.fill(found, judge, asking.ask, tell=asking.tell)
             result = benchmark.result(found, judge)
@@ -181,18 +181,18 @@ class _Asking:
             "prompts_sha256": hashlib.sha256(json.dumps(told).encode()).hexdigest(),
         }
 
-    def get_ready(self, out: Path | None) -> None:
+    def get_ready(self) -> None:
         """Load the weights, or ask the endpoint whether it is there."""
         if self.request.endpoint:
             self.request.endpoint.check()
             return
         assert self.request.model is not None
-        self.emit({"event": "stage", "stage": "load", "name": self.request.model.path})
+        self.emit({"event": "stage", "stage": "load", "name": self.request.name})
         self.model = models.load_model(self.request.model)
         self.identity = {"weights_sha256": models.weights_hash(self.model)}
+        self.emit({"event": "stage", "stage": "benchmark", "name": self.request.name})
 
     def ask(self, places: Sequence[Place]) -> Iterable[list[Completion]]:
-        self.emit({"event": "stage", "stage": "benchmark", "name": self.request.name})
         prompts, options = self.benchmark.by_id(self.prompts), self.request.options
         if self.request.endpoint:
             return self.request.endpoint.sample(prompts, places, options)
