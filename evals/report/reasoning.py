@@ -55,8 +55,8 @@ def draw_pass_at_k(curve: Sequence[Sequence[float]]) -> Plot | None:
         axes.set_ylim(-0.02, 1.02)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
         tidy(axes)
-        for k, value in (curve[0], curve[-1]):
-            below = value > 0.85
+        for (k, value), bound in ((curve[0], 0.15), (curve[-1], 0.85)):
+            below = value > bound  # the curve rises: under its start and over its end is room
             axes.annotate(
                 f"{value:.3f}",
                 xy=(k, value),
