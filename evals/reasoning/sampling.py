@@ -6,7 +6,7 @@ from typing import Any, overload
 
 import numpy as np
 
-from unlearn.errors import RunFailed
+from unlearn.errors import RunFailed, UserError
 from unlearn.evals.answers import Evaluator
 from unlearn.evals.generate import Sampling, stop_ids, written
 from unlearn.evals.memory import require_memory, writing_bytes
@@ -69,7 +69,11 @@ def sample(
     rows = [list(prompts[problem].ids) for problem, _ in places]
     longest = max(map(len, rows)) + options.max_new_tokens
     budget = longest * min(options.batch_size, len(rows))
-    require_memory(model, writing_bytes(model, budget), batch_tokens=budget)
+    try:
+        require_memory(model, writing_bytes(model, budget), batch_tokens=budget)
+    except UserError as error:
+        hint = "lower --batch-size (batch_size in a recipe) or --max-new-tokens, or free the GPU"
+        raise UserError(error.message, hint) from error
     numbers = [Numbers(options.seed, place, options.max_new_tokens) for place in places]
     sampling = Sampling(options.temperature, numbers, top_p=options.top_p)
     stops = stop_ids(model, tokenizer)

@@ -162,6 +162,8 @@ class Row:
 
     @property
     def title(self) -> str:
+        if self.split == "math" and self.measure not in MEASURES:
+            return self.measure.replace("pass_at_", "pass@")
         return MEASURES.get(self.measure, (self.measure.replace("_", " "), ""))[0]
 
     @property

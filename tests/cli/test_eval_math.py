@@ -146,7 +146,10 @@ def test_a_run_measures_before_and_after(problems: Path, unlearn: Callable[..., 
         assert {"math_pass_at_1", "math_pass_at_2", "math_truncated", "text_loss"} <= set(
             done.json["metrics"][who]
         )
-    assert "Mathematical problems" in Path("out/report.html").read_text()
+    page = Path("out/report.html").read_text()
+    assert "Mathematical problems" in page
+    assert "pass@2" in page
+    assert "(of mathematical problems the first sample)" in page
     wrong = unlearn("run", "sft", "--model", "model", "--set", "data.text=retain.jsonl", "--out",
                     "no", *settings(math.replace("n: 2", "n: 2, k: [4]")))  # fmt: skip
     refused(wrong, "pass@4 of 2 samples")
