@@ -174,7 +174,7 @@ class _Asking:
         return {
             "version": VERSION,
             "model": request.name,
-            "endpoint": request.endpoint.url if request.endpoint else None,
+            "written_by": "endpoint" if request.endpoint else "this process",  # it may move
             "dtype": request.model.dtype if request.model and not request.endpoint else None,
             **request.options.decisive(),
             "problems_sha256": fingerprint(self.benchmark.problems),

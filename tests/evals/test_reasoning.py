@@ -298,7 +298,7 @@ def library(folder: Path, monkeypatch: Any) -> None:
 
 def test_the_judge_is_stopped_wherever_it_is_called(tmp_path: Path, monkeypatch: Any) -> None:
     library(tmp_path, monkeypatch)
-    judge = MathVerify(seconds=1.0)
+    judge = MathVerify(seconds=2.0)
     assert judge.version == "math-verify 9"
     found: list[Any] = []
 
