@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from unlearn.cli.entry import Json, Offline, go_offline, say
+from unlearn.cli.eval_math import EPILOG as MATH
+from unlearn.cli.eval_math import math
 from unlearn.cli.mtp import EVAL as MTP
 from unlearn.cli.mtp import measure as mtp
 from unlearn.cli.progress import Emit, listening
@@ -27,6 +29,7 @@ app = typer.Typer(
 
 app.command(epilog=EPILOG)(tofu)
 app.command("mtp", epilog=MTP)(mtp)
+app.command(epilog=MATH)(math)
 
 GIVEN, HOW = "What is measured", "How it is measured"
 START = {"event": "stage", "stage": "reading the data"}

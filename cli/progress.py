@@ -42,11 +42,14 @@ MEASURES = {
     "margin": "margin per token",
     "answer_tokens": "answer length",
     "unfinished": "unfinished",
+    "pass_at_1": "pass@1",
+    "truncated": "truncated",
 }
 """Words for the metrics, whose names start with the split: ``forget_Q_A_Prob``."""
 COLOURS = {
     **{"forget": "red", "retain": "cyan"},
     **{"heldout": "magenta", "chosen": "green", "rejected": "red", "pairs": "cyan", "text": "blue"},
+    "math": "yellow",
 }
 
 

@@ -59,23 +59,36 @@ class Sampling:
     """How tokens are drawn: ``numbers[place][t]``, in [0, 1), decides token t of an answer.
 
     So an answer depends on its own numbers only, not on the rows it shares a batch with (up to
-    rounding of the model's logits). ``ended`` may end an answer early.
+    rounding of the model's logits). ``ended`` may end an answer early. ``top_p`` below 1 leaves the
+    fewest tokens that hold that much probability after the temperature (Holtzman et al. 2020,
+    arXiv:1904.09751).
     """
 
     temperature: float
     numbers: Sequence[Sequence[float]]
     ended: Callable[[Answer], bool] = lambda answer: False
+    top_p: float = 1.0
 
     def draw(
         self, logits: Float[Tensor, "batch vocab"], answers: Sequence[Answer]
     ) -> Int[Tensor, "batch 1"]:
         """Give the token at which the cumulative probability passes each answer's number."""
         wide = logits.float() if logits.device.type == "mps" else logits.double()
-        cumulative = (wide / self.temperature).softmax(-1).cumsum(-1)
+        cumulative = self.probabilities(wide).cumsum(-1)
         at = [0.0 if a.finished else self.numbers[a.place][len(a.tokens)] for a in answers]
         wanted = torch.tensor(at, device=wide.device, dtype=wide.dtype)[:, None]
         found = torch.searchsorted(cumulative, wanted * cumulative[:, -1:], right=True)
         return found.clamp_max(logits.shape[-1] - 1)
+
+    def probabilities(self, logits: Float[Tensor, "batch vocab"]) -> Float[Tensor, "batch vocab"]:
+        """Give what tokens are drawn with, up to a factor; 0 outside the nucleus."""
+        found = (logits / self.temperature).softmax(-1)
+        if self.top_p >= 1:
+            return found
+        falling, order = found.sort(dim=-1, descending=True, stable=True)
+        before = falling.cumsum(-1) - falling
+        outside = torch.zeros_like(found, dtype=torch.bool).scatter(-1, order, before >= self.top_p)
+        return found.masked_fill(outside, 0.0)
 
 
 def generate(

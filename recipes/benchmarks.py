@@ -11,6 +11,8 @@ from unlearn.evals.benchmark import Benchmark, Progress, Result
 from unlearn.evals.detection.familiarity import Familiarity
 from unlearn.evals.forget_retain import ForgetRetain, Split
 from unlearn.evals.posttraining import PostTraining
+from unlearn.evals.reasoning.benchmark import MathProblems
+from unlearn.evals.reasoning.options import INSTRUCTION, MathOptions
 from unlearn.evals.retain_kl import RetainKl
 from unlearn.evals.statistics import RetainSide
 from unlearn.evals.tofu.benchmark import Tofu, TofuOptions
@@ -85,6 +87,7 @@ def find_measures(
         *_distance(recipe, splits, load_start),
         *_harness(evals.lm_eval, offline),
         *_familiarity(recipe, offline),
+        *_math(recipe, offline),
     )
     if recipe.posttrains:
         return Measures((_post_training(recipe, splits), *more))
@@ -117,6 +120,23 @@ def _familiarity(recipe: Recipe, offline: bool) -> tuple[Benchmark, ...]:
         offline=offline,
         seed=recipe.seed,
     )
+    return (found,)
+
+
+def _math(recipe: Recipe, offline: bool) -> tuple[Benchmark, ...]:
+    section, data = recipe.evals.math, recipe.data
+    if section is None:
+        return ()
+    told = section.model_dump(exclude={"data", "max_rows", "instruction"})
+    options = MathOptions(
+        **told,
+        instruction=INSTRUCTION if section.instruction is None else section.instruction,
+        template=data.template,
+        system_prompt=data.system_prompt,
+        template_args=dict(data.template_args),
+        seed=recipe.seed,
+    )
+    found = MathProblems.load(section.data, options, max_rows=section.max_rows, offline=offline)
     return (found,)
 
 

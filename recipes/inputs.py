@@ -217,6 +217,8 @@ def _absolute_evals(evals: EvalsSection) -> EvalsSection:
     if familiarity := evals.familiarity:
         holdout = _absolute_spec(familiarity.holdout)
         changes["familiarity"] = familiarity.model_copy(update={"holdout": holdout})
+    if math := evals.math:
+        changes["math"] = math.model_copy(update={"data": _absolute_spec(math.data)})
     if tasks := evals.lm_eval:
         changes["lm_eval"] = tasks.model_copy(update={"data": _absolute(tasks.data)})
     return evals.model_copy(update=changes)

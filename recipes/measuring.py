@@ -51,6 +51,33 @@ class FamiliaritySection(Section):
     """Rows that follow one another and are not independent, as 20 of an author: for intervals."""
 
 
+class MathSection(Section):
+    """Problems that the model answers several times, each answer judged, before and after."""
+
+    data: str = Field(min_length=1)
+    """Rows with problem, question or prompt and answer or solution: a source."""
+    n: int = Field(default=4, ge=1)
+    """Samples of each problem."""
+    k: Annotated[tuple[int, ...], Field(strict=False, min_length=1)] | None = None
+    """The k of every pass@k, for instance [1, 4]; null gives 1 and n."""
+    temperature: float = Field(default=0.6, ge=0, strict=False)
+    """Of the sampling; 0 is greedy, with n 1."""
+    top_p: float = Field(default=0.95, gt=0, le=1, strict=False)
+    """Share of the probability that tokens are drawn from."""
+    max_new_tokens: int = Field(default=2048, ge=1)
+    """Longest completion, in tokens."""
+    force_prefix: str = ""
+    """What every completion begins with, for instance "<think>\\n"."""
+    instruction: str | None = None
+    """Goes with each problem; null asks for the answer in a box, "" for nothing."""
+    verify: Literal["math", "exact"] = "math"
+    """Judge: `math` is math-verify (the `math` extra), `exact` compares numbers and texts."""
+    batch_size: int = Field(default=16, ge=1)
+    """Completions written at once."""
+    max_rows: int | None = Field(default=None, ge=1)
+    """First problems only; null takes all."""
+
+
 class SelectSection(Section):
     """Which of the measured steps becomes the model."""
 
@@ -71,6 +98,8 @@ class EvalsSection(Section):
     """Also measure tasks of lm-evaluation-harness."""
     familiarity: FamiliaritySection | None = None
     """Also measure how familiar the forget texts are beside texts never seen."""
+    math: MathSection | None = None
+    """Also measure how often the model's own answers to problems are right."""
     select_best: SelectSection | None = None
     """Keep the best of the measured steps instead of the last; needs `every`."""
     max_rows: int = Field(default=400, ge=1)

@@ -58,6 +58,10 @@ RIGHT = (
     "Whether its own answers are right. A probability is that of a given answer; no answer of the "
     "model was checked."
 )
+REASONING = (
+    "Whether the reasoning is right: of the problems that were measured, only the final answers "
+    "were compared."
+)
 ABILITIES = "Other abilities, or the safety of its answers: nothing else was asked."
 LIKELIER = (
     "That rejected answers are avoided. A pair told apart has a likelier chosen answer; both can "
@@ -94,7 +98,7 @@ def limits(rows: Sequence[Row], *, leakage: bool = False, clamped: bool = False)
 
 
 def _post_training(measured: set[str]) -> list[str]:
-    found = [TRAINED_ON, RIGHT, ABILITIES]
+    found = [TRAINED_ON, REASONING if "math_pass_at_1" in measured else RIGHT, ABILITIES]
     if "heldout_loss" not in measured:
         found.insert(1, NO_HELDOUT)
     if "pairs_accuracy" in measured:

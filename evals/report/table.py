@@ -21,6 +21,7 @@ BLOCKS = {
     "chosen": "Chosen answers",
     "rejected": "Rejected answers",
     "text": "Rows trained on",
+    "math": "Mathematical problems",
     "other": "Other measures",
 }
 SPLITS = {
@@ -34,6 +35,7 @@ SPLITS = {
     "chosen": "chosen answers",
     "rejected": "rejected answers",
     "text": "rows trained on",
+    "math": "mathematical problems",
 }
 POST_TRAINING = ("heldout", "pairs", "chosen", "rejected", "text")
 """Sets of a run that post-trains."""
@@ -53,7 +55,7 @@ PREFIXES = {
     "wf_": "wf",
     "mia_": "privacy",
     "s_mia_": "privacy",
-    **{f"{name}_": name for name in POST_TRAINING},
+    **{f"{name}_": name for name in (*POST_TRAINING, "math")},
 }
 """Start of a metric's name -> its block; the first that fits."""
 
@@ -77,6 +79,10 @@ MEASURES = {
     "margin": ("Margin of the chosen answers", "nats per token above the rejected ones"),
     "answer_tokens": ("Length of its own answers", "tokens, the end token counted"),
     "unfinished": ("Own answers without an end", "share cut at evals.max_new_tokens"),
+    "pass_at_1": ("Own answers that are right", "pass@1: mean over samples and problems"),
+    "sampling_error": ("Standard error of pass@1 over samples", "the problems stay the same"),
+    "tokens": ("Length of its own answers", "tokens, the end token counted"),
+    "truncated": ("Own answers without an end", "share cut at max_new_tokens"),
     "kl": ("Distance from the starting model", "KL(start || model), nats per labelled token"),
     "jailbreak_ROUGE": ("Overlap, answer begun for the model", "ROUGE-L recall"),
     "extraction_strength": ("Extraction strength", "share of the answer recited to its end"),
@@ -156,6 +162,8 @@ class Row:
 
     @property
     def title(self) -> str:
+        if self.split == "math" and self.measure not in MEASURES:
+            return self.measure.replace("pass_at_", "pass@")
         return MEASURES.get(self.measure, (self.measure.replace("_", " "), ""))[0]
 
     @property
@@ -229,7 +237,8 @@ def columns(rows: Sequence[Row]) -> dict[str, str]:
 
 def is_post_training(rows: Sequence[Row]) -> bool:
     """Tell a report on post-training from one on unlearning, by what was measured."""
-    return any(row.split in POST_TRAINING for row in rows)
+    alone = bool(rows) and all(row.split == "math" for row in rows)
+    return alone or any(row.split in POST_TRAINING for row in rows)
 
 
 def finite(value: Any) -> float | None:

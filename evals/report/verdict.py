@@ -31,6 +31,7 @@ PLAIN = {
     "logp": "the log-probability per token",
     "accuracy": "the share told apart",
     "margin": "the margin per token between the two answers",
+    "pass_at_1": "the share of right answers (pass@1)",
     "unfinished": "the share of its answers that do not end",
 }
 """The measures that are put into words; the table has the others."""
@@ -86,7 +87,7 @@ def headline(rows: Sequence[Row], ks: float | None = None) -> str:
 def _answers(rows: Sequence[Row]) -> str:
     chosen = [row for row in rows if row.measure == "Q_A_Prob" and row.split in ALWAYS]
     alone = not any(row.before for row in rows)
-    others = [row for row in rows if row.block in (*POST_TRAINING, "other") and row.after]
+    others = [row for row in rows if row.block in (*POST_TRAINING, "math", "other") and row.after]
     if not chosen and others:
         said = _listed([_other(row, alone=alone) for row in _main(others)])
         return f"{said[0].upper() if is_post_training(rows) else said[0]}{said[1:]}."
@@ -97,8 +98,9 @@ def _main(rows: Sequence[Row]) -> Sequence[Row]:
     """Choose what the headline names: of post-training what is put into words, held out first."""
     if not is_post_training(rows):
         return rows[:OTHERS]
-    named = [row for row in rows if row.split in POST_TRAINING and row.measure in PLAIN]
-    return sorted(named, key=lambda row: POST_TRAINING.index(row.split))[:OTHERS]
+    order = ("math", *POST_TRAINING)
+    named = [row for row in rows if row.split in order and row.measure in PLAIN]
+    return sorted(named, key=lambda row: order.index(row.split))[:OTHERS]
 
 
 def _other(row: Row, *, alone: bool) -> str:

@@ -60,6 +60,7 @@ FINDINGS = (
     *("Forget set", "Forget quality", "Rows given away", "Membership"),
     *("Retain set", "Real authors", "World facts", "Model utility"),
     *("Held-out rows", "Pairs", "Chosen answers", "Rejected answers", "Rows trained on"),
+    "Mathematical problems",
     "Distance from the retain model",
 )
 """Headings of the paragraphs, in the order in which they are read."""
