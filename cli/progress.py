@@ -72,6 +72,14 @@ def listening(*, quiet: bool = False) -> Iterator[Emit]:
             panel.finish()
 
 
+def unmoved(event: dict[str, Any]) -> str:
+    """Name the first tensors that a step did not move, and why that may be."""
+    names = event["tensors"]
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    why = f" ({event['why']})" if "why" in event else ""
+    return f"no update reached {', '.join(names[:3])}{more}{why}"
+
+
 def describe(event: dict[str, Any]) -> str:
     """Name a stage in words."""
     text = STAGES.get(event["stage"], event["stage"])
@@ -208,7 +216,7 @@ class PlainLines:
         if kind == "metrics":
             return "\n".join(f"  {s}: {line}" for s, line in by_split(event["metrics"]).items())
         if kind == "unmoved":
-            return f"  warning: no update reached {', '.join(event['tensors'][:5])}"
+            return f"  warning: {unmoved(event)}"
         if kind == "warning":
             return f"  warning: {event['message']}"
         if kind not in ("step", "progress") or not self._due(event):
@@ -270,7 +278,7 @@ class LivePanel:
                 self.finish()
                 self._note(f"[{COLOURS.get(split, 'default')}]{split}[/] {line}")
         elif kind == "unmoved":
-            self._note(f"[yellow]warning: no update reached {', '.join(event['tensors'][:5])}[/]")
+            self._note(f"[yellow]warning: {unmoved(event)}[/]")
         elif kind == "warning":
             self._note(f"[yellow]warning: {event['message']}[/]")
 

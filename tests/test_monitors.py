@@ -56,6 +56,16 @@ def test_all_tensors_moved() -> None:
     assert run.events == []
 
 
+def test_bfloat16_is_named_where_it_may_have_rounded_a_step_away() -> None:
+    """A step of 1e-4 is below half the spacing of bfloat16 numbers around 1."""
+    run = Trained(rate=1e-4)
+    run.tensors["b"].data = torch.ones(100, dtype=torch.bfloat16)
+    run.step()
+    (event,) = run.events
+    assert event["tensors"] == ["b"]
+    assert "training.bf16=true" in event["why"]
+
+
 def test_a_tensor_that_ignores_its_gradient_is_named_after_one_step() -> None:
     run = Trained()
     run.step(keep="b")

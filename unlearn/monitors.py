@@ -37,14 +37,21 @@ def peak_memory_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
 
 
+ROUNDED = (
+    "bfloat16 weights round small steps away; model.dtype=float32 with training.bf16=true keeps "
+    "the weights whole and computes in bfloat16"
+)
+
+
 @dataclass
 class UpdateCheck(TrainerCallback):
     """Checks once that training reaches every trainable tensor.
 
     After the first step with a learning rate above zero each trainable tensor must have moved, on
     some rank. A tensor whose gradient is exactly zero is given :data:`PATIENCE` steps. What did not
-    move is named in an ``unmoved`` event. ``hidden``: the engine keeps the gradients to itself;
-    then elements all over the tensor are watched, and every tensor is given the patience.
+    move is named in an ``unmoved`` event, with the likely reason. ``hidden``: the engine keeps the
+    gradients to itself; then elements all over the tensor are watched, and every tensor is given
+    the patience.
     """
 
     emit: Emit
@@ -86,13 +93,15 @@ class UpdateCheck(TrainerCallback):
                 "the first optimiser step moved no weight at all",
                 "raise training.learning_rate, or use float32: bfloat16 rounds small steps away",
             )
+        half = {name for name, one in self.pending.items() if one.dtype == torch.bfloat16}
         patient = self.steps < PATIENCE
         self.pending = {name: self.pending[name] for name in stuck if patient and name in waiting}
         self.before = {}
         self.done = not self.pending
         if unmoved := [name for name in stuck if name not in self.pending]:
-            step = state.global_step + 1
-            self.emit({"event": "unmoved", "step": step, "tensors": unmoved})
+            found = {"step": state.global_step + 1, "tensors": unmoved}
+            why = {"why": ROUNDED} if half & set(unmoved) and not self.hidden else {}
+            self.emit({"event": "unmoved", **found, **why})
 
     def _stuck(self) -> tuple[list[str], set[str]]:
         """Name the tensors that moved on no rank, and those without any gradient on all ranks."""
