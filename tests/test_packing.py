@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 
 from unlearn.packing import (
     NAME,
+    SPARED,
     Packing,
+    _begins,
     attention,
     can_pack,
     is_packable,
@@ -55,6 +57,15 @@ def test_groups_are_cut_where_a_row_is_much_shorter_than_the_longest() -> None:
     packing = Packing.of(right_padded([6, 10, 3, 7]))
     assert [(group.rows, group.width) for group in packing.groups] == [(2, 10), (1, 6), (1, 3)]
     assert packing.groups[0].slots.tolist() == [*range(10), *range(10, 17)]
+
+
+def test_a_group_must_spare_enough_where_attention_is_dear_to_start() -> None:
+    """Beside 2000 tokens 3 rows of 100 spare 3 * (2000^2 - 100^2) = 11,970,000 query-key pairs."""
+    lengths = [2000, 100, 100, 100]
+    assert _begins(lengths, 0, 1, 11_970_000)
+    assert not _begins(lengths, 0, 1, 11_970_001)
+    assert not _begins([2000, 1500], 0, 1, 0)  # three quarters as long: padded in any case
+    assert SPARED.get("cpu", 0) == 0
 
 
 @given(st.lists(st.integers(1, 20), min_size=1, max_size=7), st.integers(0, 5))

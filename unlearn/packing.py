@@ -20,6 +20,10 @@ from torch import Tensor
 NAME = "unlearn_packed"
 SHORTEST = 0.65
 """A row shorter than this share of the longest of its group starts a new group."""
+SPARED = {"cuda": 4_000_000}
+"""Query-key pairs that a new group must spare, by device; on a GPU another attention call costs
+more than short rows do that are padded (1.2 billion parameters on an H200: launching work is what
+small batches wait for)."""
 _active: ContextVar[bool] = ContextVar("packing", default=False)
 
 
@@ -152,15 +156,21 @@ def row_attention(
 
 
 def _groups(lengths: list[int], device: torch.device) -> Iterator[Group]:
-    """Cut rows, longest first, where one falls below :data:`SHORTEST` of its group's longest."""
+    """Cut rows, longest first, where one begins a group of its own."""
     start = 0
     for end in range(1, len(lengths) + 1):
-        if end == len(lengths) or lengths[end] < SHORTEST * lengths[start]:
+        if end == len(lengths) or _begins(lengths, start, end, SPARED.get(device.type, 0)):
             width = lengths[start]
             counts = torch.tensor(lengths[start:end], device=device)
             mask = torch.arange(width, device=device) < counts[:, None]
             yield Group(mask.flatten().nonzero().squeeze(-1), end - start, width)
             start = end
+
+
+def _begins(lengths: list[int], start: int, end: int, spared: int) -> bool:
+    """Tell whether a row is so short beside its group's longest that a new group pays."""
+    longest, row = lengths[start], lengths[end]
+    return row < SHORTEST * longest and (len(lengths) - end) * (longest**2 - row**2) >= spared
 
 
 def attention(
