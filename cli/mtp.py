@@ -317,7 +317,9 @@ def _show_trained(found: dict[str, Any]) -> None:
         console.print("on rows held out, the true token before each draft given:")
     for key, title in MEASURES.items():
         if key in metrics:
-            console.print(f"[bold]{title:<27}[/]{number(metrics[key])}")
+            value = metrics[key]
+            told = str(value) if key == "masks" else number(value)
+            console.print(f"[bold]{title:<27}[/]{told}")
     console.print(f"[bold]{'predictor':<27}[/]{escape(found['model'])}")
 
 
