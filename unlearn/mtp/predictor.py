@@ -153,7 +153,7 @@ class MaskPredictor:
         scores = linear.weight[among] @ hidden
         if getattr(linear, "bias", None) is not None:
             scores = scores + linear.bias[among]
-        return among[scores.argmax()]
+        return among.take(scores.argmax())  # an index in brackets would be read back from a GPU
 
     def _mask(self, visible: Bool[Tensor, "token seen"]) -> Tensor:
         """Put a mask into the form that the model's attention takes: a sum, in aligned rows.
