@@ -127,9 +127,9 @@ def run(
     """
     if mtp.is_method(method):
         changes = mtp.changes_of(map_, model=model, data=data_, out=out)
+        changes |= launch_changes(nproc, engine, nnodes, rdzv)
         unknown = {"--forget": forget, "--retain": retain, "--pairs": pairs, "--text": text,
-                   "--lora": lora, "--nproc": nproc, "--engine": engine, "--nnodes": nnodes,
-                   "--rdzv": rdzv, "--forget-select": forget_select,
+                   "--lora": lora, "--forget-select": forget_select,
                    "--forget-fraction": forget_fraction,
                    "--forget-indices": forget_indices}  # fmt: skip
         mtp.run(method, recipe, changes, set_ or [], unknown, offline=offline, json=json)
@@ -174,6 +174,9 @@ def resume(
     from unlearn.runs import RunFolder
 
     opened = RunFolder.open(folder)
+    if mtp.is_method(str(opened.recipe)):
+        mtp.resume(folder, checkpoint, rdzv, offline=offline, json=json)
+        return
     if opened.results.is_file():
         _show(stored_results(opened), json=json)
         return

@@ -1,5 +1,6 @@
 """Mask-token prediction: ``unlearn run mtp``, ``unlearn generate``, ``unlearn eval mtp``."""
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -8,11 +9,18 @@ import typer
 from unlearn.cli.entry import Json, Offline, go_offline, naming, say
 from unlearn.cli.options import HOW
 from unlearn.cli.progress import Emit, listening, number
-from unlearn.cli.ranks import joined_ranks, require_one_process, resumable
+from unlearn.cli.ranks import (
+    joined_ranks,
+    launch_changes,
+    needs_launch,
+    require_one_process,
+    start,
+)
 
 if TYPE_CHECKING:
     from unlearn.models import ModelSource
     from unlearn.mtp.decode import Drafting
+    from unlearn.recipes.mtp import MtpRecipe
 
 LayoutName = Literal["linear", "quadratic", "budget"]
 GENERATE = (
@@ -107,18 +115,53 @@ def run(
         UserError: options that belong to unlearning are given.
     """
     from unlearn.errors import UserError
-    from unlearn.recipes.mtp import OURS, load_mtp
-    from unlearn.recipes.training_folder import check_folder
+    from unlearn.recipes.mtp import load_mtp
 
     if given := [option for option, value in refused.items() if value]:
-        hint = "several processes: torchrun --nproc-per-node N -m unlearn.cli run mtp …"
+        hint = "it takes --model, --data, --out, --set, --recipe, --map and several processes"
         raise UserError(f"{', '.join(given)} given, which mtp does not know", hint)
     recipe = load_mtp(method, preset, changes, overrides)
     recipe.require_runnable()
+    _train(recipe, offline=offline, json=json)
+
+
+def resume(
+    folder: Path, checkpoint: str | None, rdzv: str | None, *, offline: bool, json: bool
+) -> None:
+    """Go on with a stopped training: what ``unlearn resume`` does in the folder of one.
+
+    Raises:
+        UserError: a checkpoint is named.
+    """
+    from json import loads
+
+    from unlearn.errors import UserError
+    from unlearn.recipes.mtp import RECIPE, load_mtp
+    from unlearn.recipes.training_folder import RESULTS
+
+    if checkpoint is not None:
+        raise UserError("--from given, but a mask predictor keeps its last state only", "leave it")
+    if (folder / RESULTS).is_file():
+        found = loads((folder / RESULTS).read_text(encoding="utf-8"))
+        say(found, json=json, people=_show_trained)
+        return
+    truth = launch_changes(None, None, None, rdzv)
+    recipe = load_mtp(str(folder / RECIPE), None, {"out": str(folder)} | truth, [])
+    _train(recipe, offline=offline, json=json)
+
+
+def _train(recipe: "MtpRecipe", *, offline: bool, json: bool) -> None:
+    """Train here, or start the processes that do, with the command as it was typed."""
+    from unlearn.recipes.mtp import OURS
+    from unlearn.recipes.training_folder import check_folder
+
     out = Path(str(recipe.out))
     check_folder(out, OURS)
+    if needs_launch(recipe):
+        start(recipe, sys.argv[1:], offline=False, json=False)
+        return
     go_offline(offline)
-    with joined_ranks() as first, listening(quiet=not first) as emit, naming(out), resumable(out):
+    with joined_ranks() as first, listening(quiet=not first) as emit, naming(out):
         from unlearn.recipes.mtp_run import run_mtp
 
         found = run_mtp(recipe, emit=_shown(emit), offline=offline)
@@ -274,7 +317,9 @@ def _show_trained(found: dict[str, Any]) -> None:
         console.print("on rows held out, the true token before each draft given:")
     for key, title in MEASURES.items():
         if key in metrics:
-            console.print(f"[bold]{title:<27}[/]{number(metrics[key])}")
+            value = metrics[key]
+            told = str(value) if key == "masks" else number(value)
+            console.print(f"[bold]{title:<27}[/]{told}")
     console.print(f"[bold]{'predictor':<27}[/]{escape(found['model'])}")
 
 

@@ -170,6 +170,11 @@ def absolute(recipe: Recipe) -> Recipe:
     )
 
 
+def absolute_places(model: str | None, data: str | None) -> tuple[str | None, str | None]:
+    """Give a model's path and a data source absolute, where they exist here."""
+    return _absolute(model), _absolute_spec(data)
+
+
 def _absolute_edit(edit: EditSection) -> EditSection:
     """Make the files that an edit names absolute, whether they exist yet or not."""
     named = {key: edit.hyper[key] for key in EDIT_FILES if edit.hyper.get(key)}

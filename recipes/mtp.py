@@ -4,16 +4,19 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError, field_validator
 
 from unlearn.errors import UserError, did_you_mean, unknown
 from unlearn.recipes.section import Section
+from unlearn.recipes.sections import LaunchSection
 from unlearn.recipes.yaml_text import parse, parse_tree, to_text
 
 METHOD = "mtp"
+SECTIONS = ("model", "data", "mtp", "launch")
 RECIPE, MODEL = "recipe.yaml", "model"
 OURS = {RECIPE, MODEL}
 """What a run writes beside what :mod:`unlearn.recipes.training_folder` names."""
+KEYS = "the keys are method, model, data, mtp, launch and out"
 Emit = Callable[[dict[str, Any]], None]
 
 
@@ -53,8 +56,19 @@ class MtpRecipe(Section):
     data: MtpData = MtpData()
     mtp: dict[str, Any] = Field(default_factory=dict)
     """See docs/mtp.md; what is not given is as by default."""
+    launch: LaunchSection = LaunchSection()
     out: str | None = None
     """New folder for the run. Required to run."""
+
+    @field_validator("launch")
+    @classmethod
+    def _whole_model_each(cls, launch: LaunchSection) -> LaunchSection:
+        if launch.chosen not in ("none", "ddp"):
+            message = (
+                f"engine {launch.chosen} given, but every process holds the whole frozen model"
+            )
+            raise ValueError(f"{message}: use ddp, or leave it out")
+        return launch
 
     @property
     def settings(self) -> Any:
@@ -129,8 +143,11 @@ def load_mtp(
     try:
         recipe = MtpRecipe.model_validate(tree)
     except ValidationError as error:
-        told = (f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors())
-        raise UserError("; ".join(told), "the keys are method, model, data, mtp and out") from error
+        told = (
+            f"{'.'.join(map(str, one['loc']))}: {one['msg'].removeprefix('Value error, ')}"
+            for one in error.errors()
+        )
+        raise UserError("; ".join(told), KEYS) from error
     _ = recipe.settings
     return recipe
 
@@ -152,8 +169,10 @@ def _tree(method: str, preset: str | None) -> dict[str, Any]:
 def _set(tree: dict[str, Any], text: str) -> None:
     key, mark, value = text.partition("=")
     section, dot, name = key.strip().partition(".")
-    if not mark or not key.strip() or (dot and section not in ("model", "data", "mtp")):
-        raise UserError(f"--set {text}: write KEY=VALUE", "KEY is a setting, model.KEY or data.KEY")
+    if not mark or not key.strip() or (dot and section not in SECTIONS):
+        raise UserError(
+            f"--set {text}: write KEY=VALUE", "KEY is a setting, model.KEY, data.KEY or launch.KEY"
+        )
     place = tree.setdefault(section if dot else "mtp", {})
     try:
         place[name if dot else section] = parse(value)

@@ -5,7 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from unlearn import models
+from unlearn import models, monitors
 from unlearn.data import Template, encode, load_rows, pad_token_id
 from unlearn.data.encode import Example
 from unlearn.kinds import require_plain
@@ -13,7 +13,7 @@ from unlearn.mtp.predictor import MaskPredictor
 from unlearn.mtp.storage import save_predictor
 from unlearn.mtp.train import Training
 from unlearn.ranks import Ranks
-from unlearn.recipes.inputs import check_model_folder
+from unlearn.recipes.inputs import absolute_places, check_model_folder
 from unlearn.recipes.mtp import MODEL, OURS, RECIPE, MtpRecipe, dump
 from unlearn.recipes.training_folder import CHECKPOINT, RESULTS, check_folder, logged
 from unlearn.runs import command_line, versions, write_atomic, write_json
@@ -44,6 +44,7 @@ def run_mtp(
 
     Raises:
         UserError: whatever is wrong with the model, the texts, the settings or the folder.
+        Interrupted: stopped by SIGINT or SIGTERM; the last step is saved.
     """
     recipe.require_runnable()
     settings, out, ranks = recipe.settings, Path(str(recipe.out)), Ranks.world()
@@ -59,12 +60,15 @@ def run_mtp(
     model = models.load_model(source)
     identity = {"model": models.weights_hash(model)}
     predictor = MaskPredictor(model, settings.shape, seed=settings.seed)
-    told = logged(emit, out, ranks)
-    training = Training(predictor, examples, settings, out / CHECKPOINT, identity, told)
-    ranks.first(lambda: write_atomic(out / RECIPE, dump(recipe)))
+    told, stop = logged(emit, out, ranks), monitors.StopRequest(in_step=True)
+    training = Training(
+        predictor, examples, settings, out / CHECKPOINT, identity, told, lambda: stop.requested
+    )
+    ranks.first(lambda: write_atomic(out / RECIPE, dump(absolute(recipe))))
     emit({"event": "stage", "stage": "training the mask predictor"})
-    training.run()
-    metrics = training.measure()
+    with stop.listening():
+        training.run()
+        metrics = training.measure()
     results = {
         "method": recipe.method,
         "out": str(out),
@@ -85,6 +89,18 @@ def run_mtp(
 
     ranks.first(write)
     return results
+
+
+def absolute(recipe: MtpRecipe) -> MtpRecipe:
+    """Give the recipe with the places that exist here made absolute, to be run from anywhere."""
+    model, train = absolute_places(recipe.model.path, recipe.data.train)
+    return recipe.model_copy(
+        update={
+            "model": recipe.model.model_copy(update={"path": model}),
+            "data": recipe.data.model_copy(update={"train": train}),
+            "out": recipe.out and str(Path(recipe.out).absolute()),
+        }
+    )
 
 
 def examples_of(recipe: MtpRecipe, source: models.ModelSource, tokenizer: Any) -> list[Example]:

@@ -33,9 +33,14 @@ def check_folder(out: Path, ours: Collection[str]) -> None:
     names = {one.name for one in out.iterdir()} if out.is_dir() else {"."}
     if RESULTS in names:
         raise UserError(f"'{out}' holds a finished training", "choose another --out")
-    strangers = {one for one in names if not one.startswith(".")} - {CHECKPOINT, EVENTS, *ours}
+    strangers = {one for one in names if not _left_by_the_way(one)} - {CHECKPOINT, EVENTS, *ours}
     if strangers or "." in names:
         raise UserError(f"output folder '{out}' already exists", "choose another --out")
+
+
+def _left_by_the_way(name: str) -> bool:
+    """Tell files of a writer that was stopped, and the tracebacks that a failure leaves."""
+    return name.startswith(".") or (name.startswith("error") and name.endswith(".log"))
 
 
 def logged(emit: Emit, out: Path, ranks: "Ranks") -> Emit:

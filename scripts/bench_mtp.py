@@ -14,6 +14,7 @@ must be at a tie up to rounding, or the program fails; those that do not are cou
 import argparse
 import json
 import platform
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ import transformers
 
 from unlearn.errors import RunFailed
 from unlearn.evals.mtp import measure_drafts, summary
-from unlearn.mtp.decode import Drafting
+from unlearn.mtp.decode import Drafting, decode
 from unlearn.mtp.layouts import LAYOUTS
 from unlearn.mtp.settings import TrainSettings
 from unlearn.mtp.train import train_predictor
@@ -101,11 +102,26 @@ def line(layout: str, k: int, told: dict[str, Any]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def waits(predictor: Any, prompt: list[int], tokens: int) -> str:
+    """Count how often a step with drafts waits for the GPU: once is what it takes."""
+    drafting = Drafting("quadratic")
+    decode(predictor, prompt, max_new_tokens=tokens, drafting=drafting)  # fills what is kept
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        written = decode(predictor, prompt, max_new_tokens=tokens, drafting=drafting)
+        torch.cuda.set_sync_debug_mode("default")
+    number = sum("synchroniz" in str(one.message) for one in told)
+    return f"{number} waits for the device in {written.steps} steps"
+
+
 def main() -> None:
     """Train, then time every layout and k."""
     given = arguments()
     predictor = prepared(given)
     prompts = [row[:13] for row in mtp_table.toy_rows(given.prompts, seed=9)]
+    if given.device == "cuda":
+        print(waits(predictor, prompts[0], given.tokens), flush=True)
     print(f"| {' | '.join(HEADER)} |\n|:--{'|--:' * (len(HEADER) - 1)}|", flush=True)
     found, wrong = {}, 0
     for layout in given.layouts:

@@ -13,8 +13,9 @@ import argparse
 import json
 import random
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 import torch
@@ -104,18 +105,34 @@ def toy_model(
     return model.to(dtype).eval().requires_grad_(False)
 
 
-def own_rows(model: Any, number: int, length: int) -> list[list[int]]:
-    """Let a model write texts from its first token."""
-    torch.manual_seed(0)
+def own_rows(model: Any, number: int, length: int, drawn: int, seed: int) -> list[list[int]]:
+    """Let a model write texts: ``drawn`` tokens at temperature 1, then the likeliest ones.
+
+    Rows that begin alike are given once, so that what is measured was not trained on.
+    """
+    torch.manual_seed(seed)
     start, end = model.config.bos_token_id, model.config.eos_token_id
-    ids = torch.full((number, 1), start)
-    written = model.generate(ids, do_sample=True, top_k=0, max_new_tokens=length, pad_token_id=0)
-    rows = written.tolist()
-    return [row[: row.index(end) + 1] if end in row[1:] else row for row in rows]
+    ids, how = torch.full((2 * number, 1), start), {"pad_token_id": 0}
+    ids = model.generate(ids, do_sample=True, top_k=0, max_new_tokens=drawn, **how)
+    if length > drawn:
+        # a drawn text that has ended is continued as if it had not, and cut below
+        mask = torch.ones_like(ids)
+        more = {"attention_mask": mask, "do_sample": False, "max_new_tokens": length - drawn}
+        ids = model.generate(ids, **more, **how)
+    found: dict[tuple[int, ...], list[int]] = {}
+    for row in ids.tolist():
+        cut = row[: row.index(end, 1) + 1] if end in row[1:] else row
+        if len(cut) > drawn + 2 or length == drawn:
+            found.setdefault(tuple(cut[: drawn + 1]), cut)
+    return list(found.values())[:number]
 
 
-def examples(rows: list[list[int]]) -> list[Example]:
-    return [Example(row, [-100, *row[1:]], 1, place) for place, row in enumerate(rows)]
+def examples(rows: list[list[int]], prompt: int = 1) -> list[Example]:
+    """Give rows to learn from, all but the first ``prompt`` tokens of each."""
+    return [
+        Example(row, [*[-100] * prompt, *row[prompt:]], prompt, place)
+        for place, row in enumerate(rows)
+    ]
 
 
 def arguments() -> argparse.Namespace:
@@ -127,51 +144,95 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--anchors", type=int, default=24)
     parser.add_argument("--rows", type=int, default=200)
+    parser.add_argument("--length", type=int, default=200, help="Of rows that a model writes.")
+    parser.add_argument("--drawn", type=int, help="Tokens of them that are drawn; else all are.")
     parser.add_argument("--prompts", type=int, default=20)
     parser.add_argument("--tokens", type=int, default=48)
+    parser.add_argument(
+        "--seeds", type=int, default=1, help="Runs; then mean and spread over them."
+    )
     parser.add_argument("--variants", nargs="*", default=list(VARIANTS), choices=list(VARIANTS))
     parser.add_argument("--out", type=Path)
     return parser.parse_args()
 
 
-def main() -> None:
-    """Train every variant and print the table of each."""
-    given = arguments()
+@dataclass(frozen=True)
+class Subject:
+    """A base, what its predictor learns from, and prompts with what the base alone writes."""
+
+    model: Any
+    rows: list[Example]
+    asked: list[tuple[list[int], list[int]]]
+
+
+def subject(given: argparse.Namespace, seed: int) -> Subject:
+    """Train the toy, or load a model and let it write."""
     if given.base == "toy":
-        model, tokenizer = toy_model(64, 2, 300), Endless()
-        rows, prompts = toy_rows(given.rows), [row[:13] for row in toy_rows(given.prompts, seed=9)]
+        model, tokenizer = toy_model(64, 2, 300, seed=seed), Endless()
+        rows = examples(toy_rows(given.rows, seed=seed))
+        prompts = [row[:13] for row in toy_rows(given.prompts, seed=1009 + seed)]
     else:
         model = models.load_model(given.base, device="cpu")
         tokenizer = models.load_tokenizer(given.base)
-        texts = own_rows(model, given.rows + given.prompts, 200)
-        rows, prompts = texts[: given.rows], [row[:12] for row in texts[given.rows :]]
+        drawn, wanted = given.drawn or given.length, given.rows + given.prompts
+        texts = own_rows(model, wanted, given.length, drawn, seed)
+        rows = examples(texts[given.prompts :], 1 + (given.drawn or 0))
+        prompts = [row[: 1 + (given.drawn or 11)] for row in texts[: given.prompts]]
+        print(f"{len(rows)} rows of the model's own, {len(prompts)} prompts", flush=True)
+    stops = stop_ids(model, tokenizer)
+    return Subject(model, rows, [
+        (prompt, plain_decode(model, prompt, max_new_tokens=given.tokens, stops=stops))
+        for prompt in prompts
+    ])  # fmt: skip
+
+
+def main() -> None:
+    """Train every variant and print the table of each; with several seeds, the spread too."""
+    given = arguments()
     how = TrainSettings(
         k=given.k, rank=given.rank, labels="self", anchors=given.anchors, steps=given.steps,
         batch=8, lr=given.lr, held_out=0,
     )  # fmt: skip
-    stops = stop_ids(model, tokenizer)
-    asked = [
-        (prompt, plain_decode(model, prompt, max_new_tokens=given.tokens, stops=stops))
-        for prompt in prompts
-    ]
-    found = {}
-    for name in given.variants:
-        changed = replace(how, **VARIANTS[name])
-        found[name] = table(model, rows, asked, changed, name == given.variants[0])
-        show(name, found[name], changed)
-    if given.out:
-        given.out.write_text(json.dumps(found, indent=1))
+    runs: list[dict[str, Any]] = []
+    for seed in range(given.seeds):
+        about, found = subject(given, seed), {}
+        for name in given.variants:
+            changed = replace(how, seed=seed, **VARIANTS[name])
+            found[name] = table(about, changed, name == given.variants[0])
+            show(name, found[name], changed)
+        runs.append(found)
+        if given.out:
+            given.out.write_text(json.dumps(runs, indent=1))
+    if given.seeds > 1:
+        show_spread(runs, given)
 
 
-def table(model: Any, rows: Any, prompts: Any, how: TrainSettings, whole: bool) -> dict[str, Any]:
+def show_spread(runs: list[dict[str, Any]], given: argparse.Namespace) -> None:
+    """Print mean and standard deviation over seeds, of each variant and of what it lacks."""
+    first = given.variants[0]
+    print(f"\nover {len(runs)} seeds: mean ± standard deviation, and less than '{first}' by")
+    for layout in ("linear", "quadratic"):
+        key = f"{layout} {given.k}"
+        whole = [run[first][key]["tokens_per_step"] for run in runs]
+        for name in given.variants:
+            each = [run[name][key]["tokens_per_step"] for run in runs]
+            less = [full - part for full, part in zip(whole, each, strict=True)]
+            print(f"{key:<12} {name:<22} {spread(each)}   {spread(less)}", flush=True)
+
+
+def spread(values: list[float]) -> str:
+    return f"{mean(values):.2f} ± {stdev(values):.2f}"
+
+
+def table(about: Subject, how: TrainSettings, whole: bool) -> dict[str, Any]:
     """Train one variant; give tokens per step by layout and k, and each draft's acceptance."""
     begun = time.process_time()
-    predictor = train_predictor(model, examples(rows), how).predictor
+    predictor = train_predictor(about.model, about.rows, how).predictor
     found: dict[str, Any] = {"seconds": time.process_time() - begun}
     sizes = [k for k in (1, 2, 4, 8) if k <= how.k] if whole else [how.k]
     for layout in LAYOUTS if whole else ("linear", "quadratic"):
         for k in sizes:
-            found[f"{layout} {k}"] = rate(predictor, prompts, Drafting(layout, k=k))
+            found[f"{layout} {k}"] = rate(predictor, about.asked, Drafting(layout, k=k))
     predictor.detach()
     return found
 

@@ -69,27 +69,71 @@ def test_the_recipe_of_a_run_repeats_it(
     assert torch.equal(first["mask_embeddings"], second["mask_embeddings"])
 
 
-def test_a_stopped_training_goes_on_with_the_same_command(
-    train: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("again", ["resume", "run"])
+def test_a_stopped_training_is_saved_and_goes_on_to_the_same_bits(
+    again: str,
+    train: Callable[..., Any],
+    unlearn: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
+    """Stopped in step 5, which is finished and saved although only each second would be."""
     from unlearn.mtp.train import Training
 
+    assert train(out="whole").code == 0
     before, count = Training._tell, []
 
     def stopping(self: Training, told: Any) -> None:
         before(self, told)
         count.append(1)
-        if len(count) == 5:  # saved after step 4
+        if len(count) == 5:
             signal.raise_signal(signal.SIGTERM)
 
     monkeypatch.setattr(Training, "_tell", stopping)
     stopped = train()
     assert stopped.code == 75
-    assert "the same command goes on from what was last saved in 'mtp'" in stopped.err
-    resumed = train()
+    assert "stopped on request after step 5" in stopped.err
+    assert "`unlearn resume mtp` continues it" in stopped.err
+    assert not Path("mtp/results.json").exists()
+    Path("mtp/error.log").write_text("of a failure before")
+    here = Path.cwd()
+    if again == "resume":
+        monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
+    resumed = unlearn("resume", here / "mtp") if again == "resume" else train()
+    monkeypatch.chdir(here)
     assert resumed.code == 0, resumed.err
-    assert "going on after step 4" in resumed.err
+    assert "going on after step 5" in resumed.err
+    assert len(count) == 6
+    for name in ("mtp.safetensors", "adapter_model.safetensors"):
+        first, second = (load_file(f"{out}/model/{name}") for out in ("whole", "mtp"))
+        assert all(torch.equal(first[key], second[key]) for key in first)
+    metrics = [json.loads(Path(f"{out}/results.json").read_text()) for out in ("whole", "mtp")]
+    assert metrics[0]["metrics"] == metrics[1]["metrics"]
     assert not Path("mtp/training.safetensors").exists()
+    finished = unlearn("resume", "mtp", "--json")  # nothing is left to do
+    assert finished.json["metrics"] == metrics[1]["metrics"]
+    assert "keeps its last state only" in unlearn("resume", "mtp", "--from", "checkpoint-2").err
+
+
+@pytest.mark.slow
+def test_several_processes_are_started_by_the_command(
+    train: Callable[..., Any], unlearn: Callable[..., Any]
+) -> None:
+    """With --nproc 2 the command speaks once, and writes what one process does (but rounding)."""
+    assert train(out="alone").code == 0
+    done = train("--nproc", 2, out="both")
+    assert done.code == 0, done.err
+    for name in ("mtp.safetensors", "adapter_model.safetensors"):
+        first, second = (load_file(f"{out}/model/{name}") for out in ("alone", "both"))
+        for key, one in first.items():
+            # Adam divides small gradients by their own size: their rounding is as large
+            torch.testing.assert_close(second[key], one, rtol=2e-3, atol=2e-4, msg=key)
+    events = [json.loads(line) for line in Path("both/events.jsonl").read_text().splitlines()]
+    assert [one["step"] for one in events if one["event"] == "learnt"] == [6]
+    assert "nproc: 2" in Path("both/recipe.yaml").read_text()
+    finished = train("--nproc", 2, out="both")
+    assert finished.code == 2
+    assert "'both' holds a finished training" in finished.err
 
 
 def test_the_papers_choices_are_a_preset() -> None:
@@ -114,7 +158,8 @@ def test_the_papers_choices_are_a_preset() -> None:
         (("--model", "none"), "no model folder 'none'"),
         (("--out", "model"), "output folder 'model' already exists"),
         (("--recipe", "papr"), "unknown preset of mtp 'papr'; did you mean 'paper'?"),
-        (("--nproc", 2), "--nproc given, which mtp does not know"),
+        (("--nproc", 2, "--engine", "zero3"), "every process holds the whole frozen model"),
+        (("--lora",), "--lora given, which mtp does not know"),
         (("--forget", "forget.jsonl"), "--forget given, which mtp does not know"),
     ],
 )

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from unlearn.errors import UserError
 from unlearn.mtp.decode import Drafting, Sampled, Written, decode
@@ -188,6 +189,32 @@ def test_figures_of_a_text_by_hand() -> None:
     found = Written([0] * 7, 3, [(0, 0), (3, 3), (3, 1)])
     assert found.tokens_per_step == pytest.approx(7 / 3)
     assert found.by_position() == [(2, 2), (2, 1), (1, 1)]
+
+
+class Asked(TorchDispatchMode):
+    """Counts the values that Python asks of tensors one by one: each makes a GPU finish."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.number = 0
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.number += op.__name__.split(".")[0] in ("item", "_local_scalar_dense", "nonzero")
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_step_asks_the_device_for_its_tokens_alone(
+    build_sharp: Any, build_predictor: Any, layout: str
+) -> None:
+    """They come as one list, which is not counted; a shortlist of 8 is drawn on by every draft."""
+    predictor = build_predictor(build_sharp())
+    with Asked() as asked:
+        decode(predictor, [5, 9], max_new_tokens=12, drafting=Drafting(layout, shortlist=8))
+    assert asked.number == 0
+    with Asked() as asked:
+        torch.arange(3)[torch.tensor(1)]
+    assert asked.number == 1
 
 
 def test_what_cannot_be_written_is_refused(predictor: Any) -> None:

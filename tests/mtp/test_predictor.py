@@ -74,6 +74,21 @@ def test_ordinary_rows_are_equal_with_random_and_zero_lora(
     assert not torch.allclose(found[0][20:], found[1][20:], atol=1e-3)
 
 
+@pytest.mark.parametrize("alpha", [None, 8.0])
+def test_what_is_added_in_place_is_what_gradients_go_through(
+    sharp_model: Any, build_predictor: Any, alpha: float | None
+) -> None:
+    predictor = build_predictor(sharp_model, alpha=alpha)
+    offsets, sees, which = step_layout(4, ((1, 2), (3, 3)))
+    embedded = torch.cat([predictor.embed(torch.tensor([5, 9, 2, 7])), predictor.masks[which]])
+    found = []
+    for gradients in (True, False):
+        with torch.set_grad_enabled(gradients), predictor.gate.open(5):
+            found.append(predictor.read(embedded, offsets, sees, None).detach())
+    predictor.detach()
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=1e-12)
+
+
 def test_the_model_is_left_as_it_was(build_sharp: Any) -> None:
     """Names, weights and outputs, with the predictor attached (its gate closed) and without."""
     model = build_sharp()

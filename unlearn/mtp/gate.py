@@ -78,7 +78,7 @@ class GatedLora:
             if not masks:
                 return None
             x = args[0]
-            one_text = len(output) == 1 and output.is_contiguous() and output.dtype == x.dtype
+            one_text = output.shape[0] == 1 and output.is_contiguous() and output.dtype == x.dtype
             if one_text and not torch.is_grad_enabled():
                 self._add_in_place(product, x[0, -masks:], output[0, -masks:])
                 return None
@@ -94,7 +94,7 @@ class GatedLora:
     ) -> None:
         """Add to what the layer gave in two kernels: on a GPU their number is the cost."""
         a, b = (one if one.dtype == x.dtype else one.to(x.dtype) for one in product)
-        y.addmm_(x @ a.t(), b.t(), alpha=self.scale)
+        y.addmm_(linear(x, a), b.t(), alpha=self.scale)
 
     def _added(self, product: Product, x: Float[Tensor, "*batch token in_width"]) -> Tensor:
         """Compute in the precision of the model, whatever the product is kept in."""

@@ -1,5 +1,6 @@
 """A frozen model with what drafts its next tokens: mask embeddings, gated LoRA, sampler head."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,6 +20,9 @@ from unlearn.mtp.settings import Shape
 ATTENTION = ("sdpa", "eager")
 """Attention that takes any mask."""
 COARSE_NOISE = 0.05
+"""Bound on the rounding of half precision, as a share of the spread of the logits."""
+ALIGNED = 8
+"""Kernels of scaled_dot_product_attention on a GPU copy a mask whose rows begin elsewhere."""
 
 
 class MaskPredictor:
@@ -149,15 +153,19 @@ class MaskPredictor:
         scores = linear.weight[among] @ hidden
         if getattr(linear, "bias", None) is not None:
             scores = scores + linear.bias[among]
-        return among[scores.argmax()]
+        return among.take(scores.argmax())  # an index in brackets would be read back from a GPU
 
     def _mask(self, visible: Bool[Tensor, "token seen"]) -> Tensor:
-        """Put a mask into the form that the model's attention takes."""
-        if self.model.config.get_text_config()._attn_implementation == "sdpa":
-            return visible[None, None]
-        none = torch.finfo(self.dtype).min
-        hidden = torch.zeros(visible.shape, dtype=self.dtype, device=visible.device)
-        return hidden.masked_fill_(~visible, none)[None, None]
+        """Put a mask into the form that the model's attention takes: a sum, in aligned rows.
+
+        Every layer would make this of a mask of booleans again.
+        """
+        sdpa = self.model.config.get_text_config()._attn_implementation == "sdpa"
+        none = -math.inf if sdpa else torch.finfo(self.dtype).min
+        rows, seen = visible.shape
+        room = -(-seen // ALIGNED) * ALIGNED
+        sums = torch.zeros(rows, room, dtype=self.dtype, device=visible.device)[:, :seen]
+        return sums.masked_fill_(~visible, none)[None, None]
 
     @torch.no_grad()
     def _check_exact(self) -> float:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from unlearn.data.encode import Example
-from unlearn.errors import RunFailed, UserError
+from unlearn.errors import Interrupted, RunFailed, UserError
 from unlearn.kept import Kept
 from unlearn.mtp.layout import eligible
 from unlearn.mtp.learner import Learner, Told
@@ -32,7 +32,10 @@ class Trained:
 
 @dataclass
 class Training:
-    """A training under way; ``checkpoint`` is the file it goes on from, None to keep none."""
+    """A training under way; ``checkpoint`` is the file it goes on from, None to keep none.
+
+    ``stop`` is asked after every step; once it says so on any rank, all save and stop.
+    """
 
     predictor: MaskPredictor
     examples: Sequence[Example]
@@ -40,6 +43,7 @@ class Training:
     checkpoint: Path | None = None
     identity: Mapping[str, Any] | None = None
     emit: Emit = lambda event: None
+    stop: Callable[[], bool] = lambda: False
 
     def __post_init__(self) -> None:
         """Leave out sequences too short for a mask, and keep some back.
@@ -70,6 +74,9 @@ class Training:
         """Train from the last checkpoint to the end; ``until`` stops early, after that step.
 
         Gives what the last step told.
+
+        Raises:
+            Interrupted: a stop was asked for; the last step is saved.
         """
         self._resume()
         steps, told = self.settings.steps, Told(0.0, 0.0, 0.0, 0.0, 0)
@@ -78,8 +85,11 @@ class Training:
                 told = self.learner.learn(self._batch(self.learner.step))
                 self._tell(told)
                 step = self.learner.step
-                if step % self.settings.save_steps == 0 and step < steps:
+                stopping = self.ranks.any(self.stop())
+                if stopping or (step % self.settings.save_steps == 0 and step < steps):
                     self.save()
+                if stopping:
+                    raise Interrupted(f"stopped on request after step {step}")
         return told
 
     def measure(self) -> dict[str, float]:
