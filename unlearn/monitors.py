@@ -115,6 +115,21 @@ class UpdateCheck(TrainerCallback):
         )
 
 
+def require_finite_norm(norm: float, step: int, readings: Mapping[str, Any]) -> None:
+    """Raise :class:`RunFailed` before a step whose gradient would spoil every weight.
+
+    ``readings`` are the step's losses on this process: those that are no numbers are named.
+    """
+    if math.isfinite(norm):
+        return
+    bad = [name for name, value in readings.items() if not math.isfinite(float(value))]
+    where = f": {', '.join(bad[:3])} is no finite number" if bad else ""
+    raise RunFailed(
+        f"the gradient of step {step} is not finite{where}",
+        "checkpoints before it are kept; lower training.learning_rate, or train in float32",
+    )
+
+
 def require_finite_gradients(model: Any, norm: float | None = None) -> None:
     """Raise :class:`RunFailed` naming trainable tensors whose gradient is missing or not finite.
 

@@ -22,7 +22,7 @@ from unlearn import checkpoints
 from unlearn.activations import read_layer
 from unlearn.data.collate import EpochSampler
 from unlearn.data.pairs import SIDES
-from unlearn.monitors import require_finite_gradients
+from unlearn.monitors import require_finite_gradients, require_finite_norm
 from unlearn.objectives import Said
 from unlearn.objectives.dual import Stateful, StepMeans
 from unlearn.passes import Slopes, along, more_to_come, same_dice_later, slopes_of
@@ -284,10 +284,11 @@ class UnlearningTrainer(Trainer):
         return value
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        """Keep the norm of the step's whole gradient, before clipping, for :meth:`summary`."""
+        """Keep the norm of the step's whole gradient, before clipping; end where it is none."""
         found = super()._get_grad_norm(model, grad_norm)
         whole = found.full_tensor() if hasattr(found, "full_tensor") else found
         self.grad_norm = float(whole)
+        require_finite_norm(self.grad_norm, self.state.global_step + 1, self.readings)
         return self.grad_norm
 
     def _prepare_input(self, data: Any) -> Any:

@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import TrainerCallback
 
 from tests.posttrain import trainers
 from tests.posttrain.trainers import METHODS, flat, make_trainer, term, trained, weighted
 from unlearn.data.encode import Example
+from unlearn.errors import RunFailed
 from unlearn.packing import can_pack, packable
 from unlearn.posttrain.weights import sample_weights
 
@@ -111,6 +113,30 @@ def test_readings_tell_the_unweighted_loss_and_how_uneven_weights_are(
     assert found["text/nll_reweighted"] > found["text/nll"]
     assert 1 / 8 < found["text/weight_ess"] < 1
     assert found["text/weight_max"] > 1
+
+
+class Spoil(TrainerCallback):
+    """Makes one number of the model no number, after the first step."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        given["model"].model.norm.weight.data[0] = math.nan
+
+
+@pytest.mark.parametrize("method", ["micro", "step", "stream", "redi"])
+def test_weights_of_rows_that_are_no_numbers_end_the_training(
+    method: str, make: Any, tmp_path: Path
+) -> None:
+    """Losses of NaN give weights of NaN: the step is named and not taken."""
+    trainer = make_trainer(make(), tmp_path, METHODS[method])
+    trainer.add_callback(Spoil())
+    before = trainer.model.lm_head.weight.clone()
+    with pytest.raises(
+        RunFailed, match=r"the gradient of step 2 is not finite: \S+ ?.*is no finite"
+    ):
+        trainer.train()
+    assert trainer.state.global_step == 1
+    assert trainer.model.lm_head.weight.isfinite().all()
+    assert not torch.equal(trainer.model.lm_head.weight, before)
 
 
 def test_pairs_are_watched(make: Any, tmp_path: Path) -> None:
