@@ -179,6 +179,7 @@ def test_two_processes_take_the_steps_of_one(make: Any, tmp_path: Path) -> None:
         name: flat(trained(trainers.load(tmp_path), tmp_path, METHODS[name]))
         for name in trainers.ON_RANKS
     }
+    expected["pruned"] = flat(trainers.pruned(trainers.load(tmp_path), tmp_path, 8))
     for rank in ranks:
         _, errors = rank.communicate(timeout=300)
         assert rank.returncode == 0, errors

@@ -19,6 +19,7 @@ from unlearn import reference
 from unlearn.data.collate import Collator, StreamDataset
 from unlearn.data.encode import Example
 from unlearn.objectives import OBJECTIVES
+from unlearn.posttrain.pruning import Pruner, Pruning
 from unlearn.posttrain.reweighting import Weighting
 from unlearn.scores import Scorer
 from unlearn.terms import Term
@@ -104,6 +105,13 @@ def trained(model: Any, folder: Path, terms: Sequence[Term], **changes: Any) -> 
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
 
+def pruned(model: Any, folder: Path, rows: int) -> dict[str, Tensor]:
+    """Train on four epochs of rows, the later ones without some, so many rows at once."""
+    pruner = Pruner(Pruning("infobatch", 0.5, 0.5), ROWS, 4, seed=2)
+    settings: Any = {"per_device_train_batch_size": rows, "num_train_epochs": 1}
+    return trained(model, folder, METHODS["sft"], pruner=pruner, **settings)
+
+
 def load(folder: Path) -> Any:
     return LlamaForCausalLM.from_pretrained(str(folder)).double()
 
@@ -129,6 +137,7 @@ def main() -> None:
         half = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
         weights = trained(load(folder), folder, METHODS[name], apart=True, **half)
         found[f"{name} apart"] = flat(weights)
+    found["pruned"] = flat(pruned(load(folder), folder, 4))
     save_file(found, folder / f"rank-{rank}")
     distributed.destroy_process_group()
 
