@@ -43,7 +43,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--vocab", type=int, default=mtp_table.VOCABULARY)
     parser.add_argument("--base-steps", type=int, default=80)
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--lr", type=float, help="Of the predictor; 2e-3 up to a width of 512.")
     parser.add_argument("--prompts", type=int, default=12)

@@ -1,12 +1,15 @@
 """Tokens per step of mask predictors, over k and layout, and without parts of the training.
 
     python scripts/mtp_table.py toy
-    python scripts/mtp_table.py ../shared/models/stories260k --k 4 --steps 300
+    python scripts/mtp_table.py toy --seeds 5 --variants 'all parts' 'without consistency'
+    python scripts/mtp_table.py ../shared/models/stories260k --rows 1500 --drawn 24 --rank 64 \
+        --steps 2000 --prompts 40 --tokens 100 --variants 'all parts'
 
 ``toy``: a language of six phrases of twelve tokens in any order, learnt by a small Llama first. A
-folder: a model of texts, which writes the rows itself (sampled at temperature 1 from its first
-token). Every figure is over greedy continuations that are found to be those of plain decoding. The
-first variant is measured at every k and layout, the others at the k that was trained.
+folder: a model of texts, which writes the rows itself: drawn at temperature 1 from its first token,
+or so many tokens of them (``--drawn``) and the likeliest after those. Every figure is over greedy
+continuations that are found to be those of plain decoding. The first variant is measured at every
+k and layout, the others at the k that was trained.
 """
 
 import argparse
