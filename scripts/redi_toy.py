@@ -262,7 +262,7 @@ def label(method: str) -> str:
     """Name a method as the table does."""
     if method in LABELS:
         return LABELS[method]
-    return f"`redi`, α = {method.removeprefix('redi ')}"
+    return f"`redi`, α {method.removeprefix('redi ')}"
 
 
 Cells = dict[str, list[dict[str, Any]]]
@@ -300,11 +300,12 @@ def table(cells: Cells) -> str:
     rows = [("none: the first stage alone", "", none)]
     for method in methods():
         rate = best_rate(cells, method)
-        rows.append((label(method), f"{rate:g}", cells[f"{method} {rate:g}"]))
+        rows.append((label(method), written_rate(rate), cells[f"{method} {rate:g}"]))
     for method, other in ((TWIN, OURS), (OURS, TWIN)):
         rate = best_rate(cells, other)
         if rate != best_rate(cells, method):
-            rows.append((f"{label(method)}, other rate", f"{rate:g}", cells[f"{method} {rate:g}"]))
+            name = f"{label(method)}, at that of {label(other)}"
+            rows.append((name, written_rate(rate), cells[f"{method} {rate:g}"]))
     for name, rate, found in rows:
         fell = [one["chosen"]["all"] - was["chosen"]["all"]
                 for one, was in zip(found, start, strict=True)]  # fmt: skip
@@ -324,9 +325,26 @@ def table(cells: Cells) -> str:
     )
 
 
+def rates_table(cells: Cells) -> str:
+    """Write the accuracy of every method at every rate: percent, sampled, mean over seeds."""
+    lines = [
+        f"| second stage | {' | '.join(map(written_rate, RATES))} |",
+        "|:--|" + "--:|" * len(RATES),
+    ]
+    for method in methods():
+        values = [mean(percent(cells[f"{method} {rate:g}"], "test")) for rate in RATES]
+        lines.append(f"| {label(method)} | {' | '.join(f'{value:.1f}' for value in values)} |")
+    return "\n".join(lines) + "\n"
+
+
+def written_rate(rate: float) -> str:
+    """Write a learning rate as short as it goes: ``5e-5``."""
+    return f"{rate:.1e}".replace(".0e", "e").replace("e-0", "e-")
+
+
 def draw(cells: Cells, place: Path) -> None:
     """Draw accuracy and what chosen answers lose, over the learning rate."""
-    from matplotlib.ticker import FuncFormatter, NullFormatter
+    from matplotlib.ticker import FuncFormatter
 
     from unlearn.evals.report.plots import FAINT, LINES, drawing, tidy, to_plot
 
@@ -355,9 +373,9 @@ def draw(cells: Cells, place: Path) -> None:
                     axes.fill_between(RATES, low, high, color=colour, alpha=0.15, linewidth=0)
         before = mean(100 * line["first"]["test"]["right"] for line in start)
         right.axhline(before, color=FAINT, linewidth=0.8, linestyle=":")
-        right.annotate("first stage alone", (RATES[-1], before), xytext=(0, 3), color=FAINT,
-                       textcoords="offset points", ha="right", fontsize=8)  # fmt: skip
-        right.set_ylabel("sampled answers that are right, %")
+        right.annotate("first stage alone", (RATES[0], before), xytext=(0, -10), color=FAINT,
+                       textcoords="offset points", ha="left", fontsize=8)  # fmt: skip
+        right.set(ylabel="sampled answers that are right, %", ylim=(0, 100))
         lost.set_ylabel("chosen answers, nats per token")
         right.set_title("accuracy, problems not trained on", loc="left", fontsize=10)
         lost.set_title("change of chosen answers' log-probability", loc="left", fontsize=10)
@@ -365,9 +383,8 @@ def draw(cells: Cells, place: Path) -> None:
             tidy(axes)
             axes.set(xscale="log", xlabel="learning rate of the second stage")
             axes.set_xticks(RATES)
-            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, at: f"{value:.0e}"
-                                                         .replace("e-0", "e-")))  # fmt: skip
-            axes.xaxis.set_minor_formatter(NullFormatter())
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, at: written_rate(value)))
+            axes.minorticks_off()
         lost.legend(fontsize=8, loc="lower left")
         plot = to_plot(figure, "redi-stability", "Accuracy over learning rate and alpha")
     place.write_text(plot.standalone())
@@ -376,7 +393,7 @@ def draw(cells: Cells, place: Path) -> None:
 def report(out: Path, seeds: Sequence[int]) -> None:
     """Write the table and the plot of what is done."""
     cells = collected(out, seeds)
-    (out / "table.md").write_text(table(cells))
+    (out / "table.md").write_text(f"{table(cells)}\n{rates_table(cells)}")
     print((out / "table.md").read_text())
     draw(cells, out / "plot.svg")
 

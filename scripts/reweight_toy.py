@@ -2,7 +2,7 @@ r"""Rows that count by their losses, on a toy: text with redundant and noisy row
 
     python scripts/reweight_toy.py --tofu ../shared/data/tofu --out runs/reweight-toy [--jobs 2]
 
-Rows are answers of TOFU, cut at 120 characters. Of 4000 rows, 60 % are near-copies of 20 answers (a
+Rows are answers of TOFU, cut at 80 characters. Of 4000 rows, 60 % are near-copies of 20 answers (a
 word left out), 3 % have their characters shuffled, and 37 % are answers of their own. A small Llama
 learns to write them, one character after the other, from nothing. Every 20 steps the loss of 128
 answers that no row comes from is measured, in nats per character.
@@ -38,9 +38,9 @@ from toy_runs import (
     write_rows,
 )
 
-ROWS, LENGTH, COPIED, HELDOUT = 4000, 120, 20, 128
+ROWS, LENGTH, COPIED, HELDOUT = 4000, 80, 20, 128
 COPIES, NOISE = 0.60, 0.03
-STEPS, EVERY, BATCH, CHECKED = 320, 20, 32, 60
+STEPS, EVERY, BATCH, CHECKED = 320, 20, 32, 30
 STRATEGIES = ("sft", "linupper", "quadratic", "upper", "extremes")
 TRAINING = {
     "training.per_device_train_batch_size": BATCH, "training.gradient_accumulation_steps": 1,
