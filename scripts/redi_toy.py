@@ -29,6 +29,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from odd_or_even import CHARACTERS, COLUMNS, is_right, problems, texts
 from toy_runs import (
     Ledger,
     character_tokenizer,
@@ -40,11 +41,9 @@ from toy_runs import (
     write_rows,
 )
 
-COLUMNS = 3
-CHARACTERS = "0123456789+,=?eo"
-GUESSED, SLIP = 0.6, 0.03
-"""Share of answers that are guessed; of sums in the others that slip by one."""
-CAREFUL, MIXED, PROBLEMS, ANSWERS, SAMPLES = 12000, 3000, 240, 4, 4
+CAREFUL, MIXED, GUESSED = 12000, 3000, 0.6
+"""Answers to learn from: how to add; then both ways, of which this share is guessed."""
+PROBLEMS, ANSWERS, SAMPLES = 240, 4, 4
 PARTS = {"validation": 150, "test": 300}
 RATES = (5e-5, 1e-4, 2e-4, 4e-4, 8e-4, 1.6e-3)
 ALPHAS = (0.0, 0.2, 0.5, 0.8, 1.0)
@@ -61,50 +60,6 @@ FIRST = BATCH | {
 SECOND = BATCH | {"training.warmup_epochs": 0.1, "data.template": "{question}"}
 EPOCHS = 3
 """Passes of the second stage over the pairs, or over the right answers."""
-
-
-def problem(draw: random.Random) -> str:
-    """Draw the columns of two numbers, the last one first."""
-    pairs = (f"{draw.randint(0, 9)}+{draw.randint(0, 9)}" for _ in range(COLUMNS))
-    return ",".join(pairs) + "="
-
-
-def trace(
-    asked: str, *, guess: bool = False, draw: random.Random | None = None, slip: float = 0.0
-) -> str:
-    """Answer a problem: column by column, whose sums may slip by one; or by a coin."""
-    if guess and draw:
-        return "?" + draw.choice("eo")
-    carry, steps = 0, []
-    for column in asked[:-1].split(","):
-        total = sum(map(int, column.split("+"))) + carry
-        if draw and draw.random() < slip:
-            total = min(19, max(0, total + draw.choice((-1, 1))))
-        steps.append(f"{carry}{total:02d}")
-        carry = total // 10
-    return ",".join(steps) + ("o" if total % 2 else "e")
-
-
-def is_right(asked: str, answer: str) -> bool:
-    """Tell whether an answer ends as it should, however it was found."""
-    return answer[-1:] == trace(asked)[-1]
-
-
-def texts(seed: int, number: int, guessed: float) -> list[dict[str, str]]:
-    """Draw answers to learn from, a share of them guessed."""
-    draw = random.Random(f"texts {guessed} {seed}")
-    asked = [problem(draw) for _ in range(number)]
-    kinds = [draw.random() < guessed for _ in asked]
-    return [
-        {"prompt": one, "completion": trace(one, guess=guess, draw=draw, slip=SLIP)}
-        for one, guess in zip(asked, kinds, strict=True)
-    ]
-
-
-def problems(part: str, number: int, seed: int) -> list[str]:
-    """Draw problems of a part: those to train on, to choose by, or to tell the outcome."""
-    draw = random.Random(f"{part} {seed}")
-    return [problem(draw) for _ in range(number)]
 
 
 def answers(
@@ -334,6 +289,11 @@ def rates_table(cells: Cells) -> str:
     for method in methods():
         values = [mean(percent(cells[f"{method} {rate:g}"], "test")) for rate in RATES]
         lines.append(f"| {label(method)} | {' | '.join(f'{value:.1f}' for value in values)} |")
+    apart = [
+        paired(*(percent(cells[f"{method} {rate:g}"], "test") for method in (OURS, TWIN)))
+        for rate in RATES
+    ]
+    lines.append(f"| {label(OURS)}, less {label(TWIN)} | {' | '.join(apart)} |")
     return "\n".join(lines) + "\n"
 
 

@@ -16,54 +16,54 @@ ASKED = "2+6,0+6,7+4="
 
 @pytest.fixture
 def toys(monkeypatch: Any) -> Iterator[Any]:
-    """Give the three scripts: what both share, REDI, rows that count by their losses."""
+    """Give what both toys share, the task of REDI's, and rows that count by their losses."""
     monkeypatch.syspath_prepend(SCRIPTS)
-    import redi_toy
+    import odd_or_even
     import reweight_toy
     import toy_runs
 
-    yield toy_runs, redi_toy, reweight_toy
-    for name in ("toy_runs", "redi_toy", "reweight_toy"):
+    yield toy_runs, odd_or_even, reweight_toy
+    for name in ("toy_runs", "odd_or_even", "reweight_toy"):
         sys.modules.pop(name)
 
 
 def test_a_trace_carries_and_tells_odd_from_even(toys: Any) -> None:
     """702 + 466 from the right: 8, 6, 11, odd. 195 + 295: 10, 9+9+1 = 19, 1+2+1 = 4, even."""
-    _, redi, _ = toys
-    assert redi.trace(ASKED) == "008,006,011o"
-    assert redi.trace("5+5,9+9,1+2=") == "010,119,104e"
+    _, task, _ = toys
+    assert task.trace(ASKED) == "008,006,011o"
+    assert task.trace("5+5,9+9,1+2=") == "010,119,104e"
 
 
 def test_an_answer_is_right_by_its_last_letter(toys: Any) -> None:
-    _, redi, _ = toys
+    _, task, _ = toys
     told = {"008,006,011o": True, "?o": True, "?e": False, "008,006,012e": False, "": False}
-    assert {answer: redi.is_right(ASKED, answer) for answer in told} == told
+    assert {answer: task.is_right(ASKED, answer) for answer in told} == told
 
 
 def test_a_slip_in_the_last_sum_turns_the_letter(toys: Any) -> None:
     """With every sum one off, 11 becomes 10 or 12: the letter tells the sum as written, wrongly."""
-    _, redi, _ = toys
+    _, task, _ = toys
     draw = random.Random(0)
-    slipped = [redi.trace(ASKED, draw=draw, slip=1.0) for _ in range(50)]
+    slipped = [task.trace(ASKED, draw=draw, slip=1.0) for _ in range(50)]
     assert {answer.split(",")[0] for answer in slipped} == {"007", "009"}
     assert all((answer[-2] in "13579") == (answer[-1] == "o") for answer in slipped)
-    assert all(not redi.is_right(ASKED, answer) for answer in slipped)
+    assert all(not task.is_right(ASKED, answer) for answer in slipped)
 
 
 def test_as_many_answers_are_guessed_as_was_asked_for(toys: Any) -> None:
     """Of 2000 with share 0.6: 1200 ± 4 standard deviations of 22; half of the guesses are right."""
-    _, redi, _ = toys
-    rows = redi.texts(3, 2000, 0.6)
+    _, task, _ = toys
+    rows = task.texts(3, 2000, 0.6)
     guesses = [row for row in rows if "?" in row["completion"]]
     assert abs(len(guesses) - 1200) < 88
-    right = sum(redi.is_right(row["prompt"], row["completion"]) for row in guesses)
+    right = sum(task.is_right(row["prompt"], row["completion"]) for row in guesses)
     assert abs(right - len(guesses) / 2) < 4 * (len(guesses) / 4) ** 0.5
-    assert redi.texts(3, 2000, 0.6) == rows != redi.texts(4, 2000, 0.6)
+    assert task.texts(3, 2000, 0.6) == rows != task.texts(4, 2000, 0.6)
 
 
 def test_problems_of_the_parts_differ(toys: Any) -> None:
-    _, redi, _ = toys
-    drawn = {part: redi.problems(part, 200, 0) for part in ("train", "validation", "test")}
+    _, task, _ = toys
+    drawn = {part: task.problems(part, 200, 0) for part in ("train", "validation", "test")}
     assert not set(drawn["train"]) & set(drawn["test"])
     assert not set(drawn["validation"]) & set(drawn["test"])
 
