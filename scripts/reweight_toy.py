@@ -177,13 +177,15 @@ def table(found: Sequence[dict[str, Any]]) -> str:
         steps = [reached(cells[strategy]["curve"], goal)
                  for cells, goal in zip(found, plain, strict=True)]  # fmt: skip
         there = [step for step in steps if step is not None]
-        missed = f", {len(steps) - len(there)} never" if len(there) < len(steps) else ""
+        missed = len(steps) - len(there)
+        told = [spread(there, 0)] if there else []
+        told += [f"never on {missed}"] if missed else []
         name = "`sft`, plain" if strategy == "sft" else f"`{strategy}`"
         cells = [
             name,
             spread(ends, 3),
             "" if strategy == "sft" else paired(plain, ends, 3),
-            (spread(there, 0) if there else "") + missed,
+            ", ".join(told),
             f"{mean(cells[strategy]['effective'] for cells in found):.2f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
