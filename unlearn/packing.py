@@ -22,7 +22,7 @@ SHORTEST = 0.65
 """A row shorter than this share of the longest of its group starts a new group."""
 SPARED = {"cuda": 4_000_000}
 """Query-key pairs that a new group must spare, by device; on a GPU another attention call costs
-more than short rows do that are padded (1.2 billion parameters on an H200: launching work is what
+more than short rows do that are padded (950 million parameters on an H200: launching work is what
 small batches wait for)."""
 _active: ContextVar[bool] = ContextVar("packing", default=False)
 
