@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 Direction = Literal["lower", "higher", "none"]
@@ -95,6 +96,34 @@ class Result:
             "metrics": {name: metric.to_dict() for name, metric in self.metrics.items()},
             "records": [{key: _finite(value) for key, value in r.items()} for r in self.records],
         }
+
+
+def told(result: Result, model: str, provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """Give one object about one model: what an evaluation prints with ``--json``."""
+    return {
+        "benchmark": result.benchmark,
+        "model": model,
+        "metrics": result.values(),
+        "details": {name: metric.to_dict() for name, metric in result.metrics.items()},
+        "settings": result.settings,
+        "warnings": result.settings["notes"],
+        "provenance": dict(provenance),
+    }
+
+
+def as_results(told: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Give the same as the folder's ``results.json`` has it: what the report reads."""
+    return {
+        **told,
+        "status": "complete",
+        "method": "",
+        "run": str(folder),
+        "report": str(folder / "report.html"),
+        "metrics": {"after": told["metrics"]},
+        "details": {"after": told["details"]},
+        "examples": [],
+        "training": {},
+    }
 
 
 class Benchmark(Protocol):

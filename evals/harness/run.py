@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from unlearn import models
-from unlearn.evals.benchmark import Progress, Result
+from unlearn.evals.benchmark import Progress, Result, as_results, told
 from unlearn.evals.harness.tasks import HarnessSettings
 from unlearn.evals.report.write import strict, write_report
 from unlearn.monitors import peak_memory_bytes
@@ -36,29 +36,11 @@ class Evaluation:
 
     def to_json(self) -> dict[str, Any]:
         """Give one object: what ``--json`` prints."""
-        return {
-            "benchmark": self.result.benchmark,
-            "model": self.provenance["model"],
-            "metrics": self.result.values(),
-            "details": {name: metric.to_dict() for name, metric in self.result.metrics.items()},
-            "settings": self.result.settings,
-            "warnings": self.result.settings["notes"],
-            "provenance": self.provenance,
-        }
+        return told(self.result, self.provenance["model"], self.provenance)
 
     def to_results(self, folder: Path) -> dict[str, Any]:
         """Give the same as ``results.json`` has it: what the report reads."""
-        found = self.to_json()
-        return found | {
-            "status": "complete",
-            "method": "",
-            "run": str(folder),
-            "report": str(folder / "report.html"),
-            "metrics": {"after": found["metrics"]},
-            "details": {"after": found["details"]},
-            "examples": [],
-            "training": {},
-        }
+        return as_results(self.to_json(), folder)
 
     def write(self, folder: Path) -> None:
         """Write every file of an evaluation; ``results.json`` last."""

@@ -11,7 +11,7 @@ from typing import Any
 
 from unlearn import models
 from unlearn.errors import UserError
-from unlearn.evals.benchmark import Result
+from unlearn.evals.benchmark import Result, as_results, told
 from unlearn.evals.reasoning.benchmark import VERSION, MathProblems
 from unlearn.evals.reasoning.completions import (
     Completion,
@@ -95,29 +95,11 @@ class MathEvaluation:
 
     def to_json(self) -> dict[str, Any]:
         """Give one object: what ``--json`` prints."""
-        return {
-            "benchmark": self.result.benchmark,
-            "model": self.request.name,
-            "metrics": self.result.values(),
-            "details": {name: metric.to_dict() for name, metric in self.result.metrics.items()},
-            "settings": self.result.settings,
-            "warnings": self.result.settings["notes"],
-            "provenance": self.provenance,
-        }
+        return told(self.result, self.request.name, self.provenance)
 
     def to_results(self, folder: Path) -> dict[str, Any]:
-        """Give the same as ``results.json`` has it, as every evaluation."""
-        found = self.to_json()
-        return found | {
-            "status": "complete",
-            "method": "",
-            "run": str(folder),
-            "report": str(folder / "report.html"),
-            "metrics": {"after": found["metrics"]},
-            "details": {"after": found["details"]},
-            "examples": [],
-            "training": {},
-        }
+        """Give the same as ``results.json`` has it: what the report reads."""
+        return as_results(self.to_json(), folder)
 
 
 def evaluate_math(
@@ -170,7 +152,7 @@ class _Asking:
     def settings(self) -> dict[str, Any]:
         """Give all that decides a sample and is known without weights."""
         request = self.request
-        told = [[prompt.prefix, prompt.ids, prompt.messages] for prompt in self.prompts]
+        asked = [[prompt.prefix, prompt.ids, prompt.messages] for prompt in self.prompts]
         return {
             "version": VERSION,
             "model": request.name,
@@ -178,7 +160,7 @@ class _Asking:
             "dtype": request.model.dtype if request.model and not request.endpoint else None,
             **request.options.decisive(),
             "problems_sha256": fingerprint(self.benchmark.problems),
-            "prompts_sha256": hashlib.sha256(json.dumps(told).encode()).hexdigest(),
+            "prompts_sha256": hashlib.sha256(json.dumps(asked).encode()).hexdigest(),
         }
 
     def get_ready(self) -> None:
