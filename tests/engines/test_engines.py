@@ -43,13 +43,15 @@ VARIANTS = {
     ],
     "selected": ["evals.every=2", "evals.select_best.metric=forget_Q_A_Prob"],
     "refused": [],
+    "apart": ["training.passes=apart"],
+    "slopes": ["training.passes=apart"],
     "measured": [
         "terms.forget.layer=1", "terms.retain.layer=1", "terms.retain.weight=1",
         "training.trainable=[down_proj]",
     ],
 }  # fmt: skip
-METHODS = {"refused": "idk_dpo", "measured": "adaptive_rmu"}
-"""Variants of another method than NPO."""
+METHODS = {"refused": "idk_dpo", "slopes": "idk_dpo", "measured": "adaptive_rmu"}
+"""Variants of another method than NPO; the loss of ``idk_dpo`` is of two streams at once."""
 EXACT = {"rtol": 0, "atol": 1e-4}
 Started = Callable[..., dict[str, Any]]
 
