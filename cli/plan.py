@@ -65,7 +65,11 @@ def _steps(console: Any, plan: dict[str, Any]) -> None:
         )
         return
     if first := plan["first_steps"]:
-        console.print(f"[bold]{first}[/bold] optimiser steps first, and then:", highlight=False)
+        tokens_first = f"about [bold]{plan['first_tokens']:,}[/bold] tokens"
+        console.print(
+            f"[bold]{first}[/bold] optimiser steps first, {tokens_first}, and then:",
+            highlight=False,
+        )
     console.print(
         f"[bold]{steps['total']}[/bold] optimiser steps ({steps['per_epoch']} per epoch), about "
         f"[bold]{tokens['total']:,}[/bold] tokens ({tokens['per_step']:,} per step)",

@@ -58,6 +58,7 @@ def plan_run(prepared: Prepared) -> dict[str, Any]:
         "edit": None if recipe.trains or recipe.edit is None else recipe.edit.name,
         "anchor": prepared.anchor,
         "first_steps": prepared.first.steps if prepared.first else 0,
+        "first_tokens": _tokens(prepared.first)["total"] if prepared.first else 0,
         "steps": _steps(prepared),
         "selection": choice_plan(prepared),
         "tokens": _tokens(prepared),

@@ -94,6 +94,8 @@ def _posttraining_mistake(recipe: "Recipe") -> tuple[str, str] | None:
     for key, value in vain.items():
         if value is not None:
             return key, "given with terms that post-train, which forget nothing: leave it out"
+    if data.text is not None and "text" not in recipe.read_streams():
+        return "data.text", "given, but no term reads it; rows to be measured only are data.heldout"
     if recipe.first and not _trains_rows(recipe):
         return "first.terms", "must be on chosen, rejected or text, as the terms are"
     if recipe.first and recipe.model.quantize:

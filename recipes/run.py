@@ -19,6 +19,7 @@ from transformers import set_seed
 
 from unlearn import checkpoints, models, monitors
 from unlearn.errors import UserError
+from unlearn.evals.answers import Evaluator
 from unlearn.evals.benchmark import Result
 from unlearn.evals.report.write import strict, write_report
 from unlearn.ranks import Ranks
@@ -208,6 +209,9 @@ class _Run:
         if self.manifest.setdefault("model_sha256", weights) != weights:
             message = f"the model '{self.prepared.source.path}' has changed since the run began"
             raise UserError(message, "restore it, or start a new run")
+        Evaluator(model, self.prepared.tokenizer).check_finite(
+            name=f"'{self.prepared.source.path}'"
+        )
         self.manifest["device"] = str(model.device)
         self.manifest["processes"] = self.ranks.size
         known = replace(self.prepared, measured=self.manifest.get("measured", {}))
@@ -244,7 +248,7 @@ class _Run:
         if self.prepared.recipe.first:
             model, before = self._train_first(model, stop)
             start, emit = models.weights_hash(model), after_first(emit, before)
-        return train(
+        model, summary = train(
             self.prepared,
             model,
             self.folder,
@@ -253,6 +257,7 @@ class _Run:
             emit=emit,
             on_step=lambda model, step: self._measure_step(model, before + step),
         )
+        return model, summary | {"steps": before + summary["steps"]}
 
     def _train_first(self, model: Any, stop: monitors.StopRequest) -> tuple[Any, int]:
         """Train what comes first, or find it done; give its model and how many steps it took."""

@@ -71,7 +71,9 @@ def train(
     unset_hf_deepspeed_config()  # else models loaded from now on would be split by ZeRO 3
     if stop.requested:
         emit({"event": "interrupted", "step": trainer.state.global_step})
-        raise Interrupted(f"stopped after step {trainer.state.global_step}, which is saved")
+        before = prepared.first.steps if prepared.first else 0
+        done = before + trainer.state.global_step
+        raise Interrupted(f"stopped after step {done}, which is saved")
     summary = {"steps": trainer.state.global_step, "peak_memory_bytes": peak_memory(ranks)}
     if pruner := trainer.pruner:
         summary |= {"rows": pruner.visits, "rows_unpruned": pruner.size * pruner.epochs}

@@ -21,6 +21,9 @@ TITLES = {
     "text": "Rows trained on",
 }
 
+WATCHED = {"accuracy", "margin", "entropy", "weight_ess", "weight_max"}
+"""What is no loss; a panel that shows one says at the end of each line what it is."""
+
 
 def draw_curve(curve: Sequence[Mapping[str, Any]]) -> Plot | None:
     """Draw one panel per stream, its lines labelled at their ends; None when there is no loss.
@@ -80,7 +83,7 @@ def _draw_panel(
         marker = "o" if len(finite) == 1 else ""
         panel.plot(steps, values, color=colour, linewidth=1.6, marker=marker, markersize=4)
         ends.append((finite[-1], _objective(name), colour))
-    panel.set_ylabel("loss")
+    panel.set_ylabel("" if {_objective(name) for name in names} & WATCHED else "loss")
     tidy(panel)
     panel.grid(visible=False, axis="x")
     panel.yaxis.set_major_locator(MaxNLocator(nbins=4))

@@ -148,3 +148,22 @@ def test_a_second_run_writes_the_same_bytes(tmp_path: Path) -> None:
         write_pairs(str(source), tmp_path / "one", HOW)
     with pytest.raises(UserError, match="no model whose tokens it counts"):
         write_pairs(str(source), tmp_path / "three", replace(HOW, max_prompt=5))
+
+
+@pytest.mark.parametrize("said", ["false", "no", 0.3, ["x"], 2])
+def test_what_is_no_verdict_is_refused(said: Any) -> None:
+    """Any of these would count as yes; 1.0 and 0 are verdicts."""
+    rows = [{"problem": "P", "generations": ["a", "b"], "ok": [True, said]}]
+    with pytest.raises(UserError, match=r"row 1 of .x.: .ok. holds .* which is no verdict"):
+        build_pairs(rows, How(Verdict.parse("ok")), source="x")
+    rows[0]["ok"] = [1.0, 0]
+    assert len(build_pairs(rows, How(Verdict.parse("ok"))).pairs) == 1
+
+
+def test_lists_that_are_texts_are_refused() -> None:
+    row = {"problem": "P", "generations": ["a", "b"], "ok": "true"}
+    with pytest.raises(UserError, match="'ok' is 'true', no list of verdicts"):
+        build_pairs([row], How(Verdict.parse("ok")))
+    row |= {"generations": "a", "ok": [True]}
+    with pytest.raises(UserError, match="'generations' is a text, no list of answers"):
+        build_pairs([row], How(Verdict.parse("ok")))

@@ -93,6 +93,7 @@ def test_redi_trains_two_stages_in_one_folder(done: Any) -> None:
     }
     assert (folder / "first" / "model" / "model.safetensors").is_file()
     assert results["provenance"]["first"]["steps"] == 3
+    assert results["training"]["steps"] == 6
     page = (folder / "report.md").read_text()
     assert page.startswith("# Post-training report")
     for word in ("forget", "unlearn", "retain"):
@@ -122,7 +123,7 @@ def test_a_run_stopped_in_either_stage_ends_as_one_that_was_not(
         if event["event"] == "step" and event["step"] == at:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    with pytest.raises(Interrupted):
+    with pytest.raises(Interrupted, match=f"stopped after step {at}, which is saved"):
         run(recipe("redi", "evals.generate=false"), emit=stop)
     assert (Path("out") / "first" / "model").is_dir() == (at == 5)
     resume(load("out/recipe.yaml", [], {"out": "out"}), RunFolder(Path("out")))
@@ -223,6 +224,7 @@ def load_text(text: str) -> Any:
         ("sft", "terms.text.reweight.max_ratio=3", "max_weight_ratio"),
         ("sft", "terms.text.reweight.max_weight_ratio=0.5", "must be at least 1"),
         ("npo", "data.pairs=x.jsonl", "data.pairs: given, but no term reads it"),
+        ("dpo", "data.text=x.jsonl", "data.text: given, but no term reads it"),
         ("npo", "first.terms=[{objective: nll, on: forget}]", "given with terms that unlearn"),
     ],
 )  # fmt: skip
@@ -254,6 +256,16 @@ def test_what_cannot_mean_anything_is_refused(recipe: Any, change: list[str], me
     Path("long.jsonl").write_text(json.dumps(row) + "\n")
     with pytest.raises(UserError, match=message):
         prepare(recipe("sft", "data.pairs=null", "data.text=held.jsonl", *change))
+
+
+def test_a_model_that_gives_no_numbers_is_refused_before_it_is_measured(
+    recipe: Any, tiny_model: Any, tiny_tokenizer: Any
+) -> None:
+    tiny_model.model.norm.weight.data[0] = torch.nan
+    for one in (tiny_model, tiny_tokenizer):
+        one.save_pretrained("broken")
+    with pytest.raises(UserError, match="'broken' gives NaN or infinite numbers"):
+        run(recipe("sft", "data.pairs=null", "data.text=held.jsonl", "model.path=broken"))
 
 
 def test_missing_data_is_asked_for_with_its_flag() -> None:

@@ -112,7 +112,10 @@ def build_pairs(
     plain, pairs = _fitting(work.plain, work), _fitting(work.pairs, work)
     if not pairs:
         listed = "; ".join(f"{what}: {number}" for what, number in work.found.items())
-        raise UserError(f"no pair is left of '{source}' ({listed})", "loosen what leaves rows out")
+        raise UserError(
+            f"no pair is left of '{source}' ({listed})",
+            "a pair needs a right and a wrong answer to one problem: see the counts",
+        )
     work.found |= {"rows to train on first": len(plain), "pairs": len(pairs)}
     return Built(_shuffled(plain, how.seed), _shuffled(pairs, how.seed), work.found)
 
@@ -140,6 +143,11 @@ def _usable(row: Row, work: _Work, place: str) -> str | None:
             f"{place} has no column '{how.generations}'{guess}", "name it with --generations"
         )
     answers, lists = row[how.generations], how.verdict.lists(row, place)
+    if isinstance(answers, str):
+        raise UserError(
+            f"{place}: '{how.generations}' is a text, no list of answers",
+            "give the answers to a problem as a list, also when there is one",
+        )
     if not isinstance(problem, str) or not problem.strip():
         work.add("no problem")
     elif not isinstance(answers, list) or not answers:

@@ -13,6 +13,8 @@ from unlearn.errors import UserError, did_you_mean
 
 HINT = "name columns and join them with &, | and ~, e.g. 'correctness.llama & ~flagged'"
 
+LIST_HINT = "give one true or false (or 1, 0, null) per answer"
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -51,10 +53,11 @@ class Verdict:
         return list(dict.fromkeys(_names(self.tree)))
 
     def lists(self, row: Mapping[str, Any], place: str) -> dict[str, Sequence[Any]]:
-        """Give the verdicts of every column that it names.
+        """Give the verdicts of every column that it names; none where a row has null instead.
 
         Raises:
-            UserError: a column is not there, or holds no list.
+            UserError: a column is not there, holds no list, or holds something else than true,
+                false, 0, 1 and null.
         """
         return {name: _column(row, name, place) for name in self.columns}
 
@@ -99,4 +102,11 @@ def _column(row: Mapping[str, Any], name: str, place: str) -> Sequence[Any]:
             names = value if isinstance(value, Mapping) else ()
             raise UserError(f"{place} has no column '{name}'{did_you_mean(part, names)}", HINT)
         value = value[part]
-    return value if isinstance(value, list) else []
+    if value is None:
+        return []
+    if not isinstance(value, list):
+        raise UserError(f"{place}: '{name}' is {value!r}, no list of verdicts", LIST_HINT)
+    for verdict in value:  # a text such as "false" would count as yes
+        if verdict is not None and verdict not in (False, True):
+            raise UserError(f"{place}: '{name}' holds {verdict!r}, which is no verdict", LIST_HINT)
+    return value
