@@ -79,10 +79,8 @@ class MathRequest:
             return
         if self.offline:
             raise UserError("--offline and --endpoint were given", "an endpoint is a connection")
-        if self.model is None and (self.options.template or self.options.template_args):
-            raise UserError(
-                "a template needs the model's tokenizer", "give --model beside --endpoint"
-            )
+        if self.model is None:
+            self.options.check_untokenized()
 
 
 @dataclass(frozen=True)

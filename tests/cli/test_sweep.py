@@ -325,7 +325,7 @@ def test_pairs_and_texts_reach_every_cell(chats, unlearn):
 
 
 def test_post_training_is_shown_by_what_it_changes(chats, unlearn):
-    """A table over seeds, each value the mean of two runs' own; nothing is said of a leaderboard."""
+    """A table over seeds, each value the mean of two runs' own; no word of a leaderboard."""
     given = ("--model", "model", "--pairs", "pairs.jsonl", "--text", "retain.jsonl", "--out", "all")
     more = settings("first=null", "data.heldout=forget.jsonl")
     outcome = unlearn("sweep", "redi", *given, *RATES, *more, "--markdown", "t.md",
