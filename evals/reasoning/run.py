@@ -201,7 +201,8 @@ def _write(evaluation: MathEvaluation, benchmark: MathProblems, found: Kept, fol
     """Write every file but the samples, which are there; ``results.json`` last."""
     results = strict(evaluation.to_results(folder))
     table = found.table(benchmark.problems, benchmark.options.n)
-    write_atomic(folder / "traces.jsonl", to_traces(benchmark.problems, table))
+    traces = to_traces(benchmark.problems, table, benchmark.options.instruction)
+    write_atomic(folder / "traces.jsonl", traces)
     write_page(folder, results, evaluation.result.records)
     write_json(folder / "results.json", results)
 

@@ -91,6 +91,16 @@ def test_samples_of_a_server_become_pairs(
         )
         assert f"{{{one + other}}}" in pair["chosen"]
         assert f"{{{one + other + 1}}}" in pair["rejected"]
+    # without the bare problem, pairs ask as the model was asked
+    traces = [json.loads(line) for line in Path("m/traces.jsonl").read_text().splitlines()]
+    write_rows(Path("asked.jsonl"), [{k: row[k] for k in row if k != "problem"} for row in traces])
+    made = unlearn("data", "pairs", "asked.jsonl", "--verdict", "correct", "--out", "asked")
+    assert made.code == 0, made.err
+    sent = {body["messages"][-1]["content"] for body in server.bodies}
+    put = [json.loads(line) for line in Path("asked/pairs.jsonl").read_text().splitlines()]
+    assert len(put) == len(pairs)
+    assert {pair["question"] for pair in put} <= sent
+    assert not {pair["question"] for pair in pairs} & sent
 
 
 def test_a_stop_says_how_to_go_on(
