@@ -13,6 +13,7 @@ from unlearn.cli.ranks import require_one_process
 
 if TYPE_CHECKING:
     from unlearn.evals.reasoning.endpoint import Endpoint
+    from unlearn.evals.reasoning.options import MathOptions
     from unlearn.models import ModelSource
 
 EPILOG = (
@@ -102,18 +103,18 @@ def math(
     }  # fmt: skip
     if instruction is not None:
         given["instruction"] = instruction.replace("\\n", "\n")
-    _check(given, model, endpoint, endpoint_model, offline=offline)
+    _check(model, endpoint, endpoint_model, offline=offline)
+    options = _options(given, out, tokenized=model is not None)
     hint = "the same command goes on" if out else "with --out, the same command would go on"
     with listening() as emit, explaining_stops(hint):
         emit({"event": "stage", "stage": "reading the data"})
-        from unlearn.evals.reasoning.options import MathOptions
         from unlearn.evals.reasoning.run import MathRequest, evaluate_math
 
         request = MathRequest(
             data,
             _source(model, dtype, offline=offline),
             _endpoint(endpoint, endpoint_model, concurrency),
-            MathOptions(**given),
+            options,
             limit,
         )
         found = evaluate_math(request, out=out, emit=emit)
@@ -168,7 +169,6 @@ def _numbers(text: str | None) -> tuple[int, ...] | None:
 
 
 def _check(
-    given: dict[str, Any],
     model: str | None,
     endpoint: str | None,
     endpoint_model: str | None,
@@ -189,6 +189,22 @@ def _check(
     if model is not None:
         check_model_folder(model)
     go_offline(offline)
+
+
+def _options(given: dict[str, Any], out: Path | None, *, tokenized: bool) -> "MathOptions":
+    """Give the checked settings; what the options alone decide is refused without torch."""
+    from unlearn.evals.reasoning.completions import check_folder
+    from unlearn.evals.reasoning.options import MathOptions
+    from unlearn.evals.reasoning.verify import check_judge
+
+    options = MathOptions(**given)
+    options.check()
+    if not tokenized:
+        options.check_untokenized()
+    check_judge(options.verify)
+    if out is not None:
+        check_folder(out, options.decisive())
+    return options
 
 
 def _source(model: str | None, dtype: Any, *, offline: bool) -> "ModelSource | None":

@@ -107,10 +107,12 @@ def ladder(
 
     Stopped, it goes on where it was when it is given again.
     """
+    from unlearn.data.ladder import check_different
     from unlearn.recipes.inputs import check_model_folder
 
     for model in (chosen_model, rejected_model):
         check_model_folder(model)
+    check_different(chosen_model, rejected_model)
     go_offline(offline)
     with listening() as emit:
         emit({"event": "stage", "stage": "pairs"})

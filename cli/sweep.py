@@ -6,7 +6,8 @@ from typing import Annotated, Any
 import typer
 
 from unlearn.cli.entry import FAILED, WORDS, Halt, Json, Offline, go_offline, say
-from unlearn.cli.options import GIVEN, HOW, Forget, Lora, Map, Model, Retain, Set
+from unlearn.cli.options import GIVEN, HOW, Forget, Lora, Map, Model, Pairs, Retain, Set, Text
+from unlearn.cli.resolve import changes_of
 
 EPILOG = (
     "Example: [bold]unlearn sweep tofu-tiny/npo tofu-tiny/grad_diff --seeds 0,1,2 "
@@ -97,6 +98,8 @@ def sweep(
     model: Model = None,
     forget: Forget = None,
     retain: Retain = None,
+    pairs: Pairs = None,
+    text: Text = None,
     out: Out = None,
     map_: Map = None,
     set_: Set = None,
@@ -117,7 +120,7 @@ def sweep(
 
     require_one_process("unlearn sweep")
     given = {"grid": _grid(grid), "seeds": _seeds(seeds), "random": random, "set": set_ or []}
-    base = _base(model, forget, retain, map_)
+    base = changes_of(map_, model=model, forget=forget, retain=retain, pairs=pairs, text=text)
     file = recipes[0] if len(recipes) == 1 and is_sweep_file(recipes[0]) else None
     described = _sweep(file, recipes, given, base, out=out, lora=lora)
     go_offline(offline)
@@ -185,18 +188,6 @@ def _seeds(text: str | None) -> list[int]:
     if not all(part.isdecimal() for part in parts):
         raise UserError(f"cannot read --seeds {text}", "write whole numbers: 0,1,2")
     return [int(part) for part in parts]
-
-
-def _base(
-    model: str | None, forget: str | None, retain: str | None, map_: list[str] | None
-) -> dict[str, Any]:
-    from unlearn.cli.data import columns_of
-
-    data: dict[str, Any] = {"forget": forget, "retain": retain}
-    data = {key: value for key, value in data.items() if value is not None}
-    data |= {"columns": columns_of(map_)} if map_ else {}
-    found: dict[str, Any] = {"data": data} if data else {}
-    return found | ({"model": {"path": model}} if model else {})
 
 
 def _setting(described: Any, curve: str | None) -> str | None:

@@ -12,6 +12,9 @@ from unlearn.evals.report.seeds import COLUMNS, seed_table
 from unlearn.evals.report.sweep_curve import Measured, curve_of, draw_sweep_curve, is_number
 from unlearn.evals.report.write import strict
 from unlearn.recipes.sweep import RECORD, Cell, Sweep, method_of
+from unlearn.recipes.sweep_posttraining import COLUMNS as POST_TRAINING
+from unlearn.recipes.sweep_posttraining import PANELS as POST_TRAINING_PANELS
+from unlearn.recipes.sweep_posttraining import post_training_table
 from unlearn.recipes.sweep_run import Outcome
 from unlearn.runs import command_line, write_atomic, write_json
 
@@ -79,7 +82,9 @@ def finish(sweep: Sweep, outcomes: Sequence[Outcome], *, curve: str | None) -> d
     done = [outcome.cell for outcome in outcomes if outcome.state != "failed"]
     found = open_folders([cell.folder.path for cell in done])
     content = _definition(sweep) | {"cells": cells, "table": None, "not_ranked": "", "files": {}}
-    if found:
+    if found and _posttrain(done):  # nothing is forgotten, so there is nothing to rank by
+        content["table"] = post_training_table(found)
+    elif found:
         content["table"] = seed_table(found)
         content["not_ranked"] = _leaderboard(out, found, content["files"])
     if found and curve:
@@ -88,6 +93,10 @@ def finish(sweep: Sweep, outcomes: Sequence[Outcome], *, curve: str | None) -> d
     content = strict(content)
     write_json(out / RECORD, content)
     return dict(content)
+
+
+def _posttrain(cells: Sequence[Cell]) -> bool:
+    return all(cell.recipe.posttrains for cell in cells)
 
 
 def _leaderboard(out: Path, found: Sequence[Found], files: dict[str, str]) -> str:
@@ -116,13 +125,15 @@ def _curve(
     details = found[0].results["details"]["after"]
     metrics = [
         metric
-        for several in PANELS
+        for several in (POST_TRAINING_PANELS if _posttrain(cells) else PANELS)
         if (metric := next((name for name in several if name in details), None))
     ]
     known = found[0].results["metrics"]
     references = {who: known[who] for who in ("before", "retain_model") if who in known}
     curve = curve_of(runs, setting, metrics, references)
-    titles = {name: column.title for column in COLUMNS for name in column.metrics}
+    titles = {
+        name: column.title for column in (*COLUMNS, *POST_TRAINING) for name in column.metrics
+    }
     directions = {name: details[name]["direction"] for name in metrics}
     plot, png = draw_sweep_curve(curve, titles, directions)
     write_atomic(out / "curve.svg", plot.standalone())

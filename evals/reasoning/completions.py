@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from unlearn.errors import UserError
-from unlearn.evals.reasoning.problems import Problem
+from unlearn.evals.reasoning.problems import Problem, asked
 from unlearn.runs import RunFolder, write_json
 
 Place = tuple[str, int]
@@ -119,11 +119,17 @@ def kept(folder: Path | None, settings: Mapping[str, Any]) -> Iterator[Kept]:
         yield found
 
 
-def to_traces(problems: Sequence[Problem], table: Sequence[Sequence[Completion]]) -> str:
-    """Write one line per problem, as ``unlearn data pairs --verdict correct`` reads them."""
+def to_traces(
+    problems: Sequence[Problem], table: Sequence[Sequence[Completion]], instruction: str
+) -> str:
+    """Write one line per problem, as ``unlearn data pairs --verdict correct`` reads them.
+
+    ``question`` is the problem with the ``instruction`` it was put with.
+    """
     lines = []
     for problem, row in zip(problems, table, strict=True):
-        told: dict[str, Any] = {"id": problem.id, "problem": problem.text, "answer": problem.answer}
+        told: dict[str, Any] = {"id": problem.id, "problem": problem.text}
+        told |= {"question": asked(problem, instruction), "answer": problem.answer}
         told["generations"] = [one.text for one in row]
         for name in ("correct", "truncated", "tokens", "extracted"):
             told[name] = [getattr(one, name) for one in row]

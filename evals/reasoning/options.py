@@ -66,6 +66,17 @@ class MathOptions:
             if not 1 <= k <= self.n:
                 raise UserError(f"pass@{k} of {self.n} samples", f"give --k from 1 to {self.n}")
 
+    def check_untokenized(self) -> None:
+        """Refuse what only a tokenizer can do, where an endpoint alone makes the prompts.
+
+        Raises:
+            UserError: there is a template.
+        """
+        if self.template or self.template_args:
+            raise UserError(
+                "a template needs the model's tokenizer", "give --model beside --endpoint"
+            )
+
     def decisive(self) -> dict[str, Any]:
         """Give every setting that can change a stored completion or its verdict."""
         left_out = ("k", "batch_size")

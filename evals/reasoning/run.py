@@ -79,10 +79,8 @@ class MathRequest:
             return
         if self.offline:
             raise UserError("--offline and --endpoint were given", "an endpoint is a connection")
-        if self.model is None and (self.options.template or self.options.template_args):
-            raise UserError(
-                "a template needs the model's tokenizer", "give --model beside --endpoint"
-            )
+        if self.model is None:
+            self.options.check_untokenized()
 
 
 @dataclass(frozen=True)
@@ -203,7 +201,8 @@ def _write(evaluation: MathEvaluation, benchmark: MathProblems, found: Kept, fol
     """Write every file but the samples, which are there; ``results.json`` last."""
     results = strict(evaluation.to_results(folder))
     table = found.table(benchmark.problems, benchmark.options.n)
-    write_atomic(folder / "traces.jsonl", to_traces(benchmark.problems, table))
+    traces = to_traces(benchmark.problems, table, benchmark.options.instruction)
+    write_atomic(folder / "traces.jsonl", traces)
     write_page(folder, results, evaluation.result.records)
     write_json(folder / "results.json", results)
 

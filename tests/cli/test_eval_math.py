@@ -1,6 +1,8 @@
 """``unlearn eval math`` from the command line, pairs of its samples, and its place in a run."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ import pytest
 
 from tests.cli.conftest import settings, write_rows
 from tests.evals.math_server import serving
+from unlearn.evals.reasoning.options import MathOptions
 
 LOCAL = ("eval", "math", "--model", "model", "--data", "sums.jsonl", "--verify", "exact")
 FEW = ("--n", 2, "--max-new-tokens", 5)
@@ -88,6 +91,16 @@ def test_samples_of_a_server_become_pairs(
         )
         assert f"{{{one + other}}}" in pair["chosen"]
         assert f"{{{one + other + 1}}}" in pair["rejected"]
+    # without the bare problem, pairs ask as the model was asked
+    traces = [json.loads(line) for line in Path("m/traces.jsonl").read_text().splitlines()]
+    write_rows(Path("asked.jsonl"), [{k: row[k] for k in row if k != "problem"} for row in traces])
+    made = unlearn("data", "pairs", "asked.jsonl", "--verdict", "correct", "--out", "asked")
+    assert made.code == 0, made.err
+    sent = {body["messages"][-1]["content"] for body in server.bodies}
+    put = [json.loads(line) for line in Path("asked/pairs.jsonl").read_text().splitlines()]
+    assert len(put) == len(pairs)
+    assert {pair["question"] for pair in put} <= sent
+    assert not {pair["question"] for pair in pairs} & sent
 
 
 def test_a_stop_says_how_to_go_on(
@@ -135,6 +148,45 @@ def test_one_line_each(problems: Path, unlearn: Callable[..., Any], monkeypatch:
     refused(unlearn(*LOCAL, "--out", "model"), "already exists")
     monkeypatch.setattr(verify, "find_spec", lambda name: None)
     refused(unlearn(*LOCAL[:-1], "math"), "needs math-verify", "pip install 'unlearn-llm[math]'")
+
+
+WRONG_FLAGS = """
+import sys
+from unlearn.cli.main import main
+for given in (["--k", "1,4", "--n", "2"], ["--temperature", "0", "--n", "4"], ["--k", "0"],
+              ["--top-p", "0"], ["--out", "model"]):
+    sys.argv = ["unlearn", "eval", "math", "--model", "model", "--data", "none.jsonl",
+                "--verify", "exact", *given]
+    try:
+        main()
+    except SystemExit as end:
+        print(end.code)
+print([name for name in ("torch", "transformers", "scipy") if name in sys.modules])
+"""
+
+
+def test_options_are_refused_before_slow_imports(problems: Path) -> None:
+    """What the options alone decide: five refusals of one process, which never imports torch."""
+    asked = subprocess.run(
+        [sys.executable, "-c", WRONG_FLAGS], capture_output=True, text=True, check=True
+    )
+    assert asked.stdout.split("\n")[:-1] == ["2"] * 5 + ["[]"]
+    messages = [line for line in asked.stderr.splitlines() if line.startswith("error")]
+    words = ("pass@4 of 2 samples", "greedy decoding", "pass@0", "--top-p is 0", "already exists")
+    assert len(messages) == len(words)
+    for word, message in zip(words, messages, strict=True):
+        assert word in message
+
+
+def test_other_settings_are_refused_before_the_data_is_read(
+    problems: Path, unlearn: Callable[..., Any]
+) -> None:
+    kept = MathOptions(verify="exact", n=2, max_new_tokens=5).decisive()
+    (problems / "m").mkdir()
+    (problems / "m" / "sampling.json").write_text(json.dumps(kept))
+    missing = [part if part != "sums.jsonl" else "none.jsonl" for part in LOCAL]
+    refused(unlearn(*missing, *FEW, "--seed", 1, "--out", "m"), "holds samples with seed 0, not 1")
+    refused(unlearn(*missing, *FEW, "--out", "m"), "none.jsonl")
 
 
 def test_a_run_measures_before_and_after(problems: Path, unlearn: Callable[..., Any]) -> None:

@@ -1,5 +1,6 @@
 """The methods on pairs of answers and ``data alternates``, from the command line."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -65,3 +66,13 @@ def test_one_line_each_before_any_work(
     assert len(lines) == 1
     assert message in lines[0]
     assert not Path("out").exists()
+
+
+def test_a_ladder_of_one_model_is_refused(world: Path, unlearn: Callable[..., Any]) -> None:
+    shutil.copytree("model", "copy")
+    for other, words in (("./model", "given as both"), ("copy", "hold the same weights")):
+        done = unlearn("data", "ladder", "forget.jsonl", "--chosen-model", "model",
+                       "--rejected-model", other, "--out", "delta")  # fmt: skip
+        assert done.code == 2
+        assert words in done.err
+        assert not Path("delta").exists()

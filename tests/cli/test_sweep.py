@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.cli.conftest import settings
+from tests.cli.conftest import settings, write_rows
 from tests.cli.test_bad_input import refused
 from unlearn.errors import RunFailed
 
@@ -301,3 +301,56 @@ def test_a_stop_is_passed_on_to_the_processes(world):
     assert "the same command goes on" in told
     for path in events:
         assert any((path.parent / "checkpoints").glob("checkpoint-*/complete.json"))
+
+
+RATES = ("--grid", "training.learning_rate=1e-4,1e-3", "--seeds", "0,1")
+
+
+@pytest.fixture
+def chats(world: Path) -> Path:
+    """Write pairs and rows beside the tiny model."""
+    pairs = [
+        {"question": f"What is {n}?", "chosen": f"It is {n}.", "rejected": f"Not {n}, but boats."}
+        for n in range(6)
+    ]
+    write_rows(world / "pairs.jsonl", pairs)
+    return world
+
+
+def test_pairs_and_texts_reach_every_cell(chats, unlearn):
+    given = ("--model", "model", "--pairs", "pairs.jsonl", "--text", "retain.jsonl", "--out", "all")
+    outcome = unlearn("sweep", "redi", *given, *RATES, "--print", "--json")
+    assert outcome.code == 0, outcome.err
+    assert len(outcome.json["cells"]) == 4
+
+
+def test_post_training_is_shown_by_what_it_changes(chats, unlearn):
+    """A table over seeds, each value the mean of two runs' own; no word of a leaderboard."""
+    given = ("--model", "model", "--pairs", "pairs.jsonl", "--text", "retain.jsonl", "--out", "all")
+    more = settings("first=null", "data.heldout=forget.jsonl")
+    outcome = unlearn("sweep", "redi", *given, *RATES, *more, "--markdown", "t.md",
+                      "--curve", "training.learning_rate", "--json")  # fmt: skip
+    assert outcome.code == 0, outcome.err
+    content = outcome.json
+    shown = [column["metric"] for column in content["table"]["columns"]]
+    assert shown == [
+        "heldout_loss", "pairs_accuracy", "pairs_margin", "chosen_logp", "rejected_logp",
+        "text_loss", "seconds",
+    ]  # fmt: skip
+    first = content["table"]["rows"][0]
+    runs = [json.loads(Path(f"all/{name}/results.json").read_text()) for name in first["runs"]]
+    for name in shown[:-1]:
+        values = [run["metrics"]["after"][name] for run in runs]
+        assert first["values"][name]["mean"] == pytest.approx(sum(values) / 2)
+    start = content["table"]["references"][0]
+    assert start["values"]["chosen_logp"]["mean"] == pytest.approx(
+        runs[0]["metrics"]["before"]["chosen_logp"]
+    )
+    assert content["not_ranked"] == ""
+    assert "leaderboard" not in content["files"]
+    assert "| Seeds | Held-out loss ↓ | Pairs told apart ↑ |" in Path("t.md").read_text()
+    assert Path("all/curve.png").is_file()
+    people = unlearn("sweep", "redi", *given, *RATES, *more)
+    assert "leaderboard" not in people.out
+    assert "held-out" in people.out
+    assert "nats per token" in " ".join(people.out.split())
