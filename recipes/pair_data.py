@@ -9,6 +9,7 @@ from typing import Any
 
 from unlearn import models
 from unlearn.data import Template
+from unlearn.data.ladder import EMPTY, ENDLESS, SAME, check_different, no_pair_left
 from unlearn.data.rows import Row
 from unlearn.data.sources import load_any_rows
 from unlearn.data.traces import PROBLEM, How, build_pairs
@@ -93,6 +94,7 @@ def write_ladder(
     _check_new(out)
     for model in (chosen, rejected):
         models.check_source(model)
+    check_different(chosen.path, rejected.path)
     questions = _questions(load_any_rows(source, offline=chosen.offline))[:max_rows]
     sides = {
         side: _answers(model, questions, side, max_new_tokens, progress)
@@ -107,10 +109,7 @@ def write_ladder(
             pairs.append({"question": question, "chosen": one, "rejected": other})
     counts["pairs"] = len(pairs)
     if not pairs:
-        raise UserError(
-            f"no pair is left of '{source}' ({counts})",
-            "raise --max-new-tokens, or take models that differ more",
-        )
+        raise no_pair_left(source, counts)
     text = _lines(pairs)
     made = {
         "source": source,
@@ -129,10 +128,10 @@ def write_ladder(
 def _unusable(one: str | None, other: str | None) -> str:
     """Say why two answers make no pair; empty when they do."""
     if one is None or other is None:
-        return "an answer without an end"
+        return ENDLESS
     if not one or not other:
-        return "an empty answer"
-    return "the same answer twice" if one == other else ""
+        return EMPTY
+    return SAME if one == other else ""
 
 
 def _answers(
