@@ -224,4 +224,5 @@ def test_what_cannot_be_written_is_refused(predictor: Any) -> None:
         decode(predictor, [], max_new_tokens=5)
     with pytest.raises(UserError, match="unknown layout"):
         decode(predictor, PROMPT, max_new_tokens=5, drafting=Drafting("cubic"))
-    assert decode(predictor, PROMPT, max_new_tokens=0).tokens == []
+    with pytest.raises(UserError, match="max_new_tokens=0 given"):
+        decode(predictor, PROMPT, max_new_tokens=0)

@@ -10,6 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -125,6 +126,12 @@ class Drafting:
                 f"k={k} given, but {trained} masks were trained", f"give 1 to {trained}"
             )
         return layout_named(self.layout, k, self.masks)
+
+    def used(self, trained: int) -> dict[str, Any]:
+        """Give the settings as a predictor of ``trained`` masks uses them."""
+        k = self.k or trained
+        masks = (self.masks or 2 * k) if self.layout == "budget" else None
+        return {"layout": self.layout, "k": k, "masks": masks, "shortlist": self.shortlist}
 
 
 @torch.inference_mode()

@@ -117,6 +117,20 @@ class TrainSettings(Shape):
         return {key: value for key, value in asdict(self).items() if key not in left_out}
 
 
+def require_share(settings: TrainSettings, processes: int) -> None:
+    """Refuse more processes than sequences in a step: some would have nothing to do.
+
+    Raises:
+        UserError: as said.
+    """
+    if processes > settings.batch:
+        raise UserError(
+            f"{processes} processes share {settings.batch} sequences of a step, which are not "
+            "split",
+            f"raise batch, or start at most {settings.batch} processes",
+        )
+
+
 PAPER: dict[str, Any] = {
     "k": 8,
     "rank": 128,

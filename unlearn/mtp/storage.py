@@ -21,6 +21,7 @@ from torch import Tensor
 from unlearn import models
 from unlearn.bases import Base, content_of, recorded
 from unlearn.errors import RunFailed, UserError
+from unlearn.errors import described as described_value
 from unlearn.mtp.predictor import MaskPredictor
 from unlearn.mtp.settings import Shape
 from unlearn.runs import staged, versions, write_json
@@ -51,12 +52,19 @@ class Stored:
             UserError: it is none, is damaged, or was made by a later version.
         """
         path = Path(source.path) / CONFIG
+        if not path.parent.is_dir():
+            raise UserError(f"no folder '{source.path}'", "give the folder of a predictor")
+        if (path.parent / "model" / CONFIG).is_file():
+            message = f"'{source.path}' is the folder of a run"
+            raise UserError(message, f"give its predictor: {path.parent / 'model'}")
         if not path.is_file():
             message = f"'{source.path}' has no {CONFIG}: it holds no mask predictor"
             raise UserError(message, "train one: unlearn run mtp --model … --data … --out …")
         with _telling(path), content_of(path, FORMAT) as found:
             shape = TypeAdapter(Shape).validate_python(found["shape"])
             layers = tuple(str(name) for name in found["layers"])
+            if not isinstance(found["base_model"], str):
+                raise ValueError(f"base_model is {described_value(found['base_model'])}")
             return cls(Base.named(found, source), shape, layers, found.get("metrics") or {})
 
 
@@ -140,7 +148,7 @@ def load_predictor(
         found = replace(found, base=replace(found.base, source=base))
     else:
         check(source)
-    _require_base(found.base, folder, given=base is not None)
+    _require_base(found.base, folder)
     loaded = models.load_model(found.base.source, device=device) if model is None else model
     predictor = MaskPredictor(loaded, found.shape)
     fill(predictor, _tensors(Path(folder), found), str(folder))
@@ -150,7 +158,7 @@ def load_predictor(
     return predictor
 
 
-def _require_base(base: Base, folder: Path | str, *, given: bool) -> None:
+def _require_base(base: Base, folder: Path | str) -> None:
     """Refuse another base than the predictor's; one that was given is not to be put in its file.
 
     Raises:
@@ -159,9 +167,9 @@ def _require_base(base: Base, folder: Path | str, *, given: bool) -> None:
     try:
         base.require_same(str(folder), CONFIG)
     except UserError as error:
-        if not given:
-            raise
         made_from = Stored.read(models.ModelSource(str(folder))).base.source.path
+        if Path(made_from).absolute() == Path(base.source.path).absolute():
+            raise
         raise UserError(error.message, f"give the model it was made from: {made_from}") from error
 
 

@@ -16,7 +16,7 @@ from unlearn.kept import Kept
 from unlearn.mtp.layout import eligible
 from unlearn.mtp.learner import Learner, Told
 from unlearn.mtp.predictor import MaskPredictor, context_of, frozen_model
-from unlearn.mtp.settings import TrainSettings
+from unlearn.mtp.settings import TrainSettings, require_share
 from unlearn.ranks import Ranks
 from unlearn.runs import open_tensors
 
@@ -173,20 +173,6 @@ def require_same_training(checkpoint: Path, names: Mapping[str, Any]) -> None:
 def _other(key: str, theirs: Any, ours: Any) -> str:
     named = {"rows": "other texts", "model": "another model"}
     return named.get(key, f"{key}={theirs}, not {ours}")
-
-
-def require_share(settings: TrainSettings, processes: int) -> None:
-    """Refuse more processes than sequences in a step: some would have nothing to do.
-
-    Raises:
-        UserError: as said.
-    """
-    if processes > settings.batch:
-        raise UserError(
-            f"{processes} processes share {settings.batch} sequences of a step, which are not "
-            "split",
-            f"raise batch, or start at most {settings.batch} processes",
-        )
 
 
 def _held_out(settings: TrainSettings, rows: int) -> int:
