@@ -30,8 +30,8 @@ from unlearn.runs import write_atomic, write_json
 Emit = Callable[[dict[str, Any]], None]
 
 COLUMNS = (
-    "name a column of the file question, prompt or text, as in docs/mtp.md; lines of a .txt file are "
-    "prompts too"
+    "rows need question and answer, prompt and completion, messages or text: rename the columns; or "
+    "give a .txt file, a prompt per line"
 )
 FEWEST, TITLE = 5, "How often each draft is right"
 TIE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.5, torch.float16: 0.1}
@@ -300,8 +300,8 @@ def evaluate(
     trained = Stored.read(source).shape.k
     writing.drafting.made(trained)
     plain = base or base_of(source)
-    how = {"offline": source.offline, "template": writing.template}
-    how |= {"max_new_tokens": writing.max_new_tokens}
+    how: dict[str, Any] = {"offline": source.offline, "template": writing.template}
+    how["max_new_tokens"] = writing.max_new_tokens
     questions = {name: gathered([], place, **how) for name, place in _domains(prompts).items()}
     models.check_source(plain)
     tokenizer = models.load_tokenizer(plain)
