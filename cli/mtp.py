@@ -187,7 +187,7 @@ def generate(
     max_new_tokens: Most = 200,
     temperature: Annotated[
         float,
-        typer.Option(min=0.0, metavar="T", help="Draw tokens; 0 is greedy.", rich_help_panel=HOW),
+        typer.Option(metavar="T", help="Draw tokens; 0 is greedy.", rich_help_panel=HOW),
     ] = 0.0,
     seed: Annotated[
         int, typer.Option(min=0, max=2**63 - 1, help="Seed of the draws.", rich_help_panel=HOW)

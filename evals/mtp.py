@@ -30,8 +30,8 @@ from unlearn.runs import write_atomic, write_json
 Emit = Callable[[dict[str, Any]], None]
 
 COLUMNS = (
-    "rows need question and answer, prompt and completion, messages or text: rename the columns; or "
-    "give a .txt file, a prompt per line"
+    "rows need question and answer, prompt and completion, messages or text: rename the columns, "
+    "or give a .txt file, a prompt per line"
 )
 FEWEST, TITLE = 5, "How often each draft is right"
 TIE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.5, torch.float16: 0.1}
@@ -247,6 +247,12 @@ def _figures(found: Sequence[Measured]) -> dict[str, Any]:
     }
 
 
+def often_checked(part: Mapping[str, Any]) -> tuple[list[int], list[float]]:
+    """Give places of drafts, from 1, that were checked at least ``FEWEST`` times; their shares."""
+    at = [place for place, number in enumerate(part["checked"], start=1) if number >= FEWEST]
+    return at, [part["acceptance"][place - 1] for place in at]
+
+
 def acceptance_plot(told: Mapping[str, Any]) -> Plot:
     """Draw how often the first, second, … draft is right, one line per domain.
 
@@ -255,10 +261,8 @@ def acceptance_plot(told: Mapping[str, Any]) -> Plot:
     with drawing(2.6) as figure:
         axes = figure.add_subplot()
         for place, (name, part) in enumerate(told["domains"].items()):
-            enough = [number >= FEWEST for number in part["checked"]]
-            at = [draft for draft, is_enough in enumerate(enough, start=1) if is_enough]
-            shares = [part["acceptance"][draft - 1] for draft in at]
-            label = f"{name} ({part['checked'][0] if enough else 0} first drafts)"
+            at, shares = often_checked(part)
+            label = f"{name} ({max(part['checked'], default=0)} first drafts)"
             axes.plot(at, shares, marker="o", color=LINES[place % len(LINES)], label=label)
         axes.set_ylim(0, 1.02)
         axes.set_title(TITLE)

@@ -261,5 +261,5 @@ def test_the_settings_of_drafts_are_told_as_they_are_used() -> None:
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan"), float("inf")])
 def test_a_temperature_without_a_distribution_is_refused(temperature: float) -> None:
-    with pytest.raises(UserError, match="temperature .* given"):
+    with pytest.raises(UserError, match=r"temperature .* given"):
         Sampled(temperature)
