@@ -190,7 +190,8 @@ def generate(
         typer.Option(metavar="T", help="Draw tokens; 0 is greedy.", rich_help_panel=HOW),
     ] = 0.0,
     seed: Annotated[
-        int, typer.Option(min=0, max=2**63 - 1, help="Seed of the draws.", rich_help_panel=HOW)
+        int,
+        typer.Option(min=0, max=2**63 - 1, metavar="N", help="Of the draws.", rich_help_panel=HOW),
     ] = 0,
     layout: Layout = None,
     k: K = None,

@@ -22,8 +22,8 @@ from unlearn.runs import command_line, versions, write_atomic, write_json
 
 Emit = Callable[[dict[str, Any]], None]
 NOTHING_HELD_OUT = "no text is held out to measure on: there are fewer than ten, or held_out=0"
-OTHERS, OURS_INSTEAD = "--template (data.template in a recipe)", "--set data.template="
-"""How hints name the option of other commands, and what it is here."""
+TEMPLATE = r"give one: --set 'data.template=Question: {question}\nAnswer: '; the answer follows it directly"
+"""Instead of hints that name the option of other commands."""
 
 
 def source_of(recipe: MtpRecipe, *, offline: bool = False) -> models.ModelSource:
@@ -129,4 +129,5 @@ def examples_of(recipe: MtpRecipe, source: models.ModelSource, tokenizer: Any) -
         template = Template.for_tokenizer(tokenizer, data.template, data.system_prompt, {})
         return encode(rows, tokenizer, template, max_length=length, source=data.train)
     except UserError as error:
-        raise UserError(error.message, error.hint.replace(OTHERS, OURS_INSTEAD)) from error
+        hint = TEMPLATE if "explicit template" in error.hint or "--template" in error.hint else ""
+        raise UserError(error.message, hint or error.hint) from error

@@ -298,3 +298,14 @@ def test_a_template_is_given_as_it_stands() -> None:
         recipe = load_mtp("mtp", None, {}, [f"data.template={given}"])
         assert recipe.data.template == "Question: {question}\nAnswer: "
     assert load_mtp("mtp", None, {}, ["data.template=null"]).data.template is None
+
+
+def test_rows_without_a_template_are_told_how_to_give_one(
+    train: Callable[..., Any], build_tiny_tokenizer: Any
+) -> None:
+    build_tiny_tokenizer(chat_template=None).save_pretrained("model")
+    Path("model/chat_template.jinja").unlink(missing_ok=True)
+    done = train()
+    assert done.code == 2
+    assert r"--set 'data.template=Question: {question}\nAnswer: '" in flat(done.err)
+    assert train("--set", r"data.template=Question: {question}\nAnswer: ").code == 0
