@@ -22,7 +22,10 @@ from unlearn.runs import command_line, versions, write_atomic, write_json
 
 Emit = Callable[[dict[str, Any]], None]
 NOTHING_HELD_OUT = "no text is held out to measure on: there are fewer than ten, or held_out=0"
-TEMPLATE = r"give one: --set 'data.template=Question: {question}\nAnswer: '; the answer follows it directly"
+TEMPLATE = (
+    r"give one: --set 'data.template=Question: {question}\nAnswer: '; "
+    "the answer follows directly"
+)
 """Instead of hints that name the option of other commands."""
 
 

@@ -303,7 +303,7 @@ def test_a_template_is_given_as_it_stands() -> None:
 def test_rows_without_a_template_are_told_how_to_give_one(
     train: Callable[..., Any], build_tiny_tokenizer: Any
 ) -> None:
-    build_tiny_tokenizer(chat_template=None).save_pretrained("model")
+    build_tiny_tokenizer(chat=False).save_pretrained("model")
     Path("model/chat_template.jinja").unlink(missing_ok=True)
     done = train()
     assert done.code == 2
