@@ -32,9 +32,10 @@ EVAL = (
     "--prompts stories=lines.txt --out runs/mtp-eval[/bold]"
 )
 Layout = Annotated[
-    LayoutName,
+    LayoutName | None,
     typer.Option(
         metavar="LAYOUT",
+        show_default="quadratic",
         help="Masks per step: [bold]quadratic[/bold], [bold]linear[/bold] or [bold]budget[/bold].",
         rich_help_panel=HOW,
     ),
@@ -186,10 +187,13 @@ def generate(
     max_new_tokens: Most = 200,
     temperature: Annotated[
         float,
-        typer.Option(min=0.0, metavar="T", help="Draw tokens; 0 is greedy.", rich_help_panel=HOW),
+        typer.Option(metavar="T", help="Draw tokens; 0 is greedy.", rich_help_panel=HOW),
     ] = 0.0,
-    seed: Annotated[int, typer.Option(help="Seed of the draws.", rich_help_panel=HOW)] = 0,
-    layout: Layout = "quadratic",
+    seed: Annotated[
+        int,
+        typer.Option(min=0, max=2**63 - 1, metavar="N", help="Of the draws.", rich_help_panel=HOW),
+    ] = 0,
+    layout: Layout = None,
     k: K = None,
     masks: Masks = None,
     template: Template = None,
@@ -203,18 +207,20 @@ def generate(
     distribution.
     """
     require_one_process("unlearn generate")
+    _require_asked(prompt, prompts)
     source = _source(model, dtype, offline)
     with listening() as emit:
-        emit({"event": "stage", "stage": "load"})
-        from unlearn.evals.mtp import answers
-        from unlearn.evals.questions import Questions
+        emit({"event": "stage", "stage": "start"})
+        from unlearn.evals.mtp import gathered
+        from unlearn.evals.mtp_answers import answers
 
-        questions = Questions.gather(
+        drafting = _drafting(layout, k, masks) if layout or k or masks else None
+        questions = gathered(
             prompt or [], prompts, offline=offline, max_new_tokens=max_new_tokens,
             template=template.replace("\\n", "\n") if template is not None else None,
         )  # fmt: skip
         found = answers(
-            source, questions, mtp=mtp, drafting=_drafting(layout, k, masks),
+            source, questions, mtp=mtp, drafting=drafting,
             temperature=temperature, seed=seed, emit=emit,
         )  # fmt: skip
     say(found, json=json, people=_show_answers)
@@ -233,7 +239,7 @@ def measure(
         Path | None, typer.Option(metavar="FOLDER", help="New folder: results and plot.")
     ] = None,
     max_new_tokens: Most = 100,
-    layout: Layout = "quadratic",
+    layout: Layout = None,
     k: K = None,
     masks: Masks = None,
     template: Template = None,
@@ -254,7 +260,7 @@ def measure(
     source = _source(str(folder), dtype, offline)
     base = _source(model, dtype, offline) if model else None
     with listening() as emit:
-        emit({"event": "stage", "stage": "load"})
+        emit({"event": "stage", "stage": "start"})
         from unlearn.evals.mtp import Writing, evaluate
 
         joined = template.replace("\\n", "\n") if template is not None else None
@@ -265,7 +271,9 @@ def measure(
 
 def _source(path: str, dtype: Any, offline: bool) -> "ModelSource":
     from unlearn.recipes.inputs import check_model_folder
+    from unlearn.recipes.mtp import require_no_run
 
+    require_no_run(path)
     check_model_folder(path)
     go_offline(offline)
     from unlearn.models import ModelSource
@@ -273,10 +281,24 @@ def _source(path: str, dtype: Any, offline: bool) -> "ModelSource":
     return ModelSource(path, dtype=dtype, offline=offline)
 
 
-def _drafting(layout: str, k: int | None, masks: int | None) -> "Drafting":
+def _require_asked(prompt: list[str] | None, prompts: str | None) -> None:
+    """Refuse a call without a prompt, before the slow imports.
+
+    Raises:
+        UserError: as said.
+    """
+    from unlearn.errors import UserError
+
+    if any(not text.strip() for text in prompt or ()):
+        raise UserError("a --prompt is empty", "give the text that the model should answer")
+    if not prompt and not prompts:
+        raise UserError("there is nothing to ask", "give --prompt TEXT or --prompts SOURCE")
+
+
+def _drafting(layout: str | None, k: int | None, masks: int | None) -> "Drafting":
     from unlearn.mtp.decode import Drafting
 
-    return Drafting(layout, k, masks)
+    return Drafting(layout or "quadratic", k, masks)
 
 
 def _shown(emit: Emit) -> Emit:
@@ -315,12 +337,17 @@ def _show_trained(found: dict[str, Any]) -> None:
     metrics = found["metrics"]
     if metrics:
         console.print("on rows held out, the true token before each draft given:")
+    else:
+        console.print("no rows were held out, so nothing was measured")
     for key, title in MEASURES.items():
         if key in metrics:
             value = metrics[key]
             told = str(value) if key == "masks" else number(value)
             console.print(f"[bold]{title:<27}[/]{told}")
     console.print(f"[bold]{'predictor':<27}[/]{escape(found['model'])}")
+
+
+CUT = "texts ended where the model's context did, before --max-new-tokens"
 
 
 def _show_answers(found: dict[str, Any]) -> None:
@@ -331,6 +358,8 @@ def _show_answers(found: dict[str, Any]) -> None:
     for row in found["rows"]:
         console.print(Text(row["prompt"], style="bold"))
         console.print(Text(row["text"]))
+    if cut := found["ended_by_context"]:
+        console.print(f"{cut} of {len(found['rows'])} {CUT}", style="dim")
     if found["tokens_per_step"] is not None:
         told = f"{found['tokens_per_step']:.2f} tokens per step"
         console.print(f"{told}, {found['tokens']} tokens", style="dim")
@@ -360,5 +389,7 @@ def _show_measured(found: dict[str, Any]) -> None:
     same, tied = found["all"]["identical"], found["all"]["tied"]
     note = f"; {tied} part at a tie up to rounding" if tied else ""
     console.print(f"{same} texts identical to plain decoding{note}", highlight=False)
+    if cut := found["all"]["ended_by_context"]:
+        console.print(f"{cut} {CUT}", highlight=False)
     if found.get("out"):
         console.print(f"[bold]results[/] {escape(found['out'])}", highlight=False, soft_wrap=True)

@@ -49,6 +49,7 @@ def show(
     """Show a recipe as it is on disk, or with all its defaults."""
     from unlearn.recipes.files import dump, find, load, read, read_text
 
+    _require_file(name)
     path = find(name)
     if resolved:
         recipe = load(name)
@@ -57,6 +58,22 @@ def show(
         text, tree = read_text(path), read(path)
     shown = {"name": name, "path": str(path), "yaml": text, "recipe": tree}
     say(shown, json=json, people=_print_yaml)
+
+
+def _require_file(name: str) -> None:
+    """Say where the settings are of the one method that has no recipe file.
+
+    Raises:
+        UserError: as said.
+    """
+    from unlearn.errors import UserError
+    from unlearn.recipes.mtp import METHOD
+
+    if name == METHOD:
+        raise UserError(
+            f"method {METHOD} has no recipe file to show: its settings are in docs/mtp.md",
+            f"`unlearn run {METHOD} --help` has the options; each run leaves its own recipe.yaml",
+        )
 
 
 @app.command()

@@ -6,7 +6,7 @@ comes first alternates), on the same machine and in the same process.
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -17,18 +17,23 @@ from transformers import DynamicCache
 
 from unlearn import models
 from unlearn.errors import RunFailed, UserError
-from unlearn.evals.generate import Progress, Sampling, max_positions, stop_ids, text_of
-from unlearn.evals.generate import written as written_answers
+from unlearn.evals.generate import Progress, stop_ids
 from unlearn.evals.questions import Questions
 from unlearn.evals.report.plots import LINES, Plot, drawing, tidy, to_plot
+from unlearn.kinds import load_config
 from unlearn.models import ModelSource
-from unlearn.mtp.decode import Drafting, Sampled, Written, decode, greedy
-from unlearn.mtp.predictor import MaskPredictor
-from unlearn.mtp.storage import CONFIG, Stored, base_of, load_predictor
+from unlearn.mtp.decode import Drafting, Written, decode
+from unlearn.mtp.predictor import MaskPredictor, context_of
+from unlearn.mtp.storage import Stored, base_of, load_predictor
 from unlearn.runs import write_atomic, write_json
 
 Emit = Callable[[dict[str, Any]], None]
 
+COLUMNS = (
+    "rows need question and answer, prompt and completion, messages or text: rename the columns, "
+    "or give a .txt file, a prompt per line"
+)
+FEWEST, TITLE = 5, "How often each draft is right"
 TIE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.5, torch.float16: 0.1}
 """Logits closer than this may change places by rounding: other shapes, other sums."""
 
@@ -43,6 +48,8 @@ class Measured:
     drafted_seconds: float
     tied: bool
     """The texts part where two tokens were equally likely up to rounding."""
+    cut: bool = False
+    """The model's context ended the text, before the most tokens asked for."""
 
     @property
     def speedup(self) -> float:
@@ -85,12 +92,13 @@ def measure_drafts(
     if not any(prompts.values()):
         raise UserError("there is nothing to continue", "give prompts")
     model = predictor.model
-    stops, most = stop_ids(model, tokenizer), max_positions(model)
+    stops, most = stop_ids(model, tokenizer), context_of(model)
+    for several in prompts.values():
+        require_room(several, most, "the model")
     found: list[Measured] = []
     every = [(domain, prompt) for domain, several in prompts.items() for prompt in several]
     for turn, (domain, prompt) in enumerate(every):
-        room = max(1, min(max_new_tokens, most - len(prompt)))
-
+        room = min(max_new_tokens, most - len(prompt))
         both = _Both(predictor, prompt, room, stops, drafting)
         if turn == 0:  # what is done once only is not measured
             both.plain(), both.drafted()
@@ -99,9 +107,30 @@ def measure_drafts(
         else:
             (written, faster), (told, seconds) = both.drafted(), both.plain()
         tied = _compare(predictor, prompt, written.tokens, told, place=turn + 1)
-        found.append(Measured(domain, written, seconds, faster, tied))
+        cut = room < max_new_tokens and is_cut(written.tokens, room, stops)
+        found.append(Measured(domain, written, seconds, faster, tied, cut))
         progress(turn + 1, len(every))
     return found
+
+
+def require_room(prompts: Sequence[Sequence[int]], most: int, whose: str) -> None:
+    """Refuse prompts that fill the context, ``most`` tokens: nothing could be written.
+
+    Raises:
+        UserError: names the first one.
+    """
+    for number, prompt in enumerate(prompts, start=1):
+        if len(prompt) >= most:
+            raise UserError(
+                f"prompt {number} has {len(prompt)} tokens, but the context of {whose} is {most}, "
+                "prompt and text together",
+                "shorten the prompt",
+            )
+
+
+def is_cut(tokens: Sequence[int], room: int, stops: frozenset[int]) -> bool:
+    """Tell whether a text ended because it had no more room, not of itself."""
+    return len(tokens) == room and tokens[-1] not in stops
 
 
 @dataclass(frozen=True)
@@ -214,25 +243,35 @@ def _figures(found: Sequence[Measured]) -> dict[str, Any]:
         "speedup": median(one.speedup for one in found),
         "identical": sum(not one.tied for one in found),
         "tied": sum(one.tied for one in found),
+        "ended_by_context": sum(one.cut for one in found),
     }
 
 
+def often_checked(part: Mapping[str, Any]) -> tuple[list[int], list[float]]:
+    """Give places of drafts, from 1, that were checked at least ``FEWEST`` times; their shares."""
+    at = [place for place, number in enumerate(part["checked"], start=1) if number >= FEWEST]
+    return at, [part["acceptance"][place - 1] for place in at]
+
+
 def acceptance_plot(told: Mapping[str, Any]) -> Plot:
-    """Draw how often the first, second, … draft is right, one line per domain."""
+    """Draw how often the first, second, … draft is right, one line per domain.
+
+    Shares of fewer than ``FEWEST`` drafts checked say little, and are left out.
+    """
     with drawing(2.6) as figure:
         axes = figure.add_subplot()
         for place, (name, part) in enumerate(told["domains"].items()):
-            shares = part["acceptance"]
-            at = range(1, len(shares) + 1)
-            axes.plot(at, shares, marker="o", color=LINES[place % len(LINES)], label=name)
+            at, shares = often_checked(part)
+            label = f"{name} ({max(part['checked'], default=0)} first drafts)"
+            axes.plot(at, shares, marker="o", color=LINES[place % len(LINES)], label=label)
         axes.set_ylim(0, 1.02)
-        axes.set_xlabel("draft")
-        axes.set_ylabel("right, after right ones")
+        axes.set_title(TITLE)
+        axes.set_xlabel(f"draft of a step, all before it right (at least {FEWEST} checked)")
+        axes.set_ylabel("share right")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        if len(told["domains"]) > 1:
-            axes.legend()
+        axes.legend()
         tidy(axes)
-        return to_plot(figure, "acceptance", "How often each draft is right")
+        return to_plot(figure, "acceptance", TITLE)
 
 
 @dataclass(frozen=True)
@@ -262,20 +301,19 @@ def evaluate(
         UserError: whatever is wrong with the folder, its base or the prompts.
         RunFailed: a text is not what plain decoding writes.
     """
-    writing.drafting.made(Stored.read(source).shape.k)
+    trained = Stored.read(source).shape.k
+    writing.drafting.made(trained)
     plain = base or base_of(source)
+    how: dict[str, Any] = {"offline": source.offline, "template": writing.template}
+    how["max_new_tokens"] = writing.max_new_tokens
+    questions = {name: gathered([], place, **how) for name, place in _domains(prompts).items()}
     models.check_source(plain)
     tokenizer = models.load_tokenizer(plain)
-    asked = {
-        name: Questions.gather(
-            [],
-            place,
-            offline=source.offline,
-            template=writing.template,
-            max_new_tokens=writing.max_new_tokens,
-        ).ids(plain, tokenizer)
-        for name, place in map(_domain, prompts)
-    }
+    asked = {name: one.ids(plain, tokenizer) for name, one in questions.items()}
+    most = context_at(plain)
+    for several in asked.values():
+        require_room(several, most, f"'{plain.path}'")
+    emit({"event": "stage", "stage": "load"})
     predictor = load_predictor(source.path, plain)
 
     def progress(done: int, total: int) -> None:
@@ -289,12 +327,50 @@ def evaluate(
         drafting=writing.drafting,
         progress=progress,
     )
-    told = {"predictor": source.path, "base": plain.path, "drafting": vars(writing.drafting)}
+    told = {
+        "predictor": source.path,
+        "base": plain.path,
+        "drafting": writing.drafting.used(trained),
+    }
     told |= summary(found) | {"out": str(out) if out else None}
     if out is not None:
         write_json(out / "results.json", told | {"rows": [_row(one) for one in found]})
         write_atomic(out / "acceptance.svg", acceptance_plot(told).standalone())
     return told
+
+
+def gathered(prompts: Sequence[str], source: str | None, **how: Any) -> Questions:
+    """Take prompts as :meth:`Questions.gather` does, without an option to rename columns.
+
+    Raises:
+        UserError: as there.
+    """
+    try:
+        return Questions.gather(prompts, source, **how)
+    except UserError as error:
+        hint = COLUMNS if "--map" in error.hint else error.hint
+        raise UserError(error.message, hint) from error
+
+
+def context_at(source: ModelSource) -> int:
+    """Give the most tokens, prompt included, that a model not yet loaded knows places for."""
+    config = load_config(source).get_text_config()
+    return int(getattr(config, "max_position_embeddings", None) or 10**9)
+
+
+def _domains(specs: Sequence[str]) -> dict[str, str]:
+    """Give the source of every domain.
+
+    Raises:
+        UserError: two have one name.
+    """
+    found: dict[str, str] = {}
+    for name, place in map(_domain, specs):
+        if name in found:
+            message = f"two sources of prompts are named '{name}'"
+            raise UserError(message, "give each its own: --prompts NAME=SOURCE")
+        found[name] = place
+    return found
 
 
 def _domain(spec: str) -> tuple[str, str]:
@@ -314,83 +390,3 @@ def _row(one: Measured) -> dict[str, Any]:
         "plain_seconds": one.plain_seconds,
         "tied": one.tied,
     }
-
-
-def answers(
-    source: ModelSource,
-    questions: Questions,
-    *,
-    mtp: Path | None = None,
-    drafting: Drafting | None = None,
-    temperature: float = 0.0,
-    seed: int = 0,
-    emit: Emit = lambda event: None,
-) -> dict[str, Any]:
-    """Write the answers of a model, with the drafts of a predictor where there is one.
-
-    ``mtp`` is the predictor's folder; ``source`` may be one itself. At temperature 0 greedy.
-
-    Raises:
-        UserError: whatever is wrong with the model, the predictor or the prompts.
-    """
-    models.check_source(source)
-    folder = mtp or (Path(source.path) if (Path(source.path) / CONFIG).is_file() else None)
-    base = base_of(source) if folder and mtp is None else source
-    tokenizer = models.load_tokenizer(base)
-    prompts = questions.ids(base, tokenizer)
-    if folder is None:
-        return _plain_answers(base, tokenizer, prompts, questions, temperature, seed)
-    drafting = drafting or Drafting()
-    drafting.made(Stored.read(replace(source, path=str(folder))).shape.k)
-    predictor = load_predictor(folder, base)
-    stops, most = stop_ids(predictor.model, tokenizer), max_positions(predictor.model)
-    rows, tokens, steps = [], 0, 0
-    generator = torch.Generator(predictor.device).manual_seed(seed)
-    choose = Sampled(temperature, generator) if temperature else greedy
-    for place, prompt in enumerate(prompts):
-        room = max(0, min(questions.max_new_tokens, most - len(prompt)))
-        written = decode(
-            predictor, prompt, max_new_tokens=room, stops=stops, drafting=drafting, choose=choose
-        )
-        rows.append(_answered(questions, place, tokenizer, written.tokens))
-        tokens, steps = tokens + len(written.tokens), steps + written.steps
-        emit({"event": "progress", "what": "writing", "done": place + 1, "total": len(prompts)})
-    per_step = tokens / max(1, steps)
-    return {"model": base.path, "mtp": str(folder), "rows": rows} | {
-        "tokens": tokens, "steps": steps, "tokens_per_step": per_step,
-    }  # fmt: skip
-
-
-def _plain_answers(
-    source: ModelSource,
-    tokenizer: Any,
-    prompts: Sequence[Sequence[int]],
-    questions: Questions,
-    temperature: float,
-    seed: int,
-) -> dict[str, Any]:
-    model, most = models.load_model(source), questions.max_new_tokens
-    sampling = None
-    if temperature:
-        generator = torch.Generator().manual_seed(seed)
-        numbers = torch.rand(len(prompts), most, generator=generator, dtype=torch.float64)
-        sampling = Sampling(temperature, numbers.tolist())
-    found: list[list[int]] = [[] for _ in prompts]
-    for places, written in written_answers(
-        model, tokenizer, prompts, max_new_tokens=most, sampling=sampling
-    ):
-        for place, answer in zip(places, written, strict=True):
-            found[place] = answer.tokens
-    rows = [_answered(questions, at, tokenizer, tokens) for at, tokens in enumerate(found)]
-    tokens = sum(map(len, found))
-    return {"model": source.path, "mtp": None, "rows": rows} | {
-        "tokens": tokens, "steps": None, "tokens_per_step": None,
-    }  # fmt: skip
-
-
-def _answered(
-    questions: Questions, place: int, tokenizer: Any, tokens: list[int]
-) -> dict[str, Any]:
-    row = questions.rows[place]
-    prompt = str(row.get("question") or row.get("prompt") or row.get("text") or "")
-    return {"prompt": prompt, "text": text_of(tokenizer, tokens), "tokens": len(tokens)}

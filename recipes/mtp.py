@@ -16,6 +16,8 @@ SECTIONS = ("model", "data", "mtp", "launch")
 RECIPE, MODEL = "recipe.yaml", "model"
 OURS = {RECIPE, MODEL}
 """What a run writes beside what :mod:`unlearn.recipes.training_folder` names."""
+TEXTS = ("data.template", "data.system_prompt")
+"""Keys that are text as it stands, with \\n for a new line: YAML would read its colons."""
 KEYS = "the keys are method, model, data, mtp, launch and out"
 Emit = Callable[[dict[str, Any]], None]
 
@@ -97,7 +99,7 @@ class MtpRecipe(Section):
         return found
 
     def require_runnable(self) -> None:
-        """Refuse a recipe that does not say what is trained on what, or where to.
+        """Refuse a recipe that does not say what is trained on what or where to, or by too many.
 
         Raises:
             UserError: names the options.
@@ -106,6 +108,20 @@ class MtpRecipe(Section):
         missing = [option for option, value in given.items() if not value]
         if missing:
             raise UserError(f"{' and '.join(missing)} not given", "unlearn run mtp needs all three")
+        from unlearn.mtp.settings import require_share  # noqa: PLC0415 - only where it is used
+
+        require_share(self.settings, self.launch.processes)
+
+
+def require_no_run(path: str) -> None:
+    """Refuse the folder of a run where the model or predictor in it is meant.
+
+    Raises:
+        UserError: names the folder that is meant.
+    """
+    inner = Path(path).expanduser() / MODEL
+    if (Path(path).expanduser() / RECIPE).is_file() and inner.is_dir():
+        raise UserError(f"'{path}' is the folder of a run", f"give what it made: {inner}")
 
 
 def is_mtp(method: str) -> bool:
@@ -175,9 +191,15 @@ def _set(tree: dict[str, Any], text: str) -> None:
         )
     place = tree.setdefault(section if dot else "mtp", {})
     try:
-        place[name if dot else section] = parse(value)
+        place[name if dot else section] = _text(value) if key.strip() in TEXTS else parse(value)
     except ValueError as error:
         raise UserError(f"--set {text}: the value is not valid YAML: {error}") from None
+
+
+def _text(value: str) -> Any:
+    if value.strip() == "null" or value.strip()[:1] in ("'", '"'):
+        return parse(value)
+    return value.replace("\\n", "\n")
 
 
 def dump(recipe: MtpRecipe) -> str:

@@ -8,10 +8,12 @@ from typing import Any
 from unlearn import models, monitors
 from unlearn.data import Template, encode, load_rows, pad_token_id
 from unlearn.data.encode import Example
+from unlearn.errors import UserError
 from unlearn.kinds import require_plain
 from unlearn.mtp.predictor import MaskPredictor
+from unlearn.mtp.settings import require_share
 from unlearn.mtp.storage import save_predictor
-from unlearn.mtp.train import Training
+from unlearn.mtp.train import Training, names_of, require_same_training
 from unlearn.ranks import Ranks
 from unlearn.recipes.inputs import absolute_places, check_model_folder
 from unlearn.recipes.mtp import MODEL, OURS, RECIPE, MtpRecipe, dump
@@ -19,6 +21,12 @@ from unlearn.recipes.training_folder import CHECKPOINT, RESULTS, check_folder, l
 from unlearn.runs import command_line, versions, write_atomic, write_json
 
 Emit = Callable[[dict[str, Any]], None]
+NOTHING_HELD_OUT = "no text is held out to measure on: there are fewer than ten, or held_out=0"
+TEMPLATE = (
+    r"give one: --set 'data.template=Question: {question}\nAnswer: '; "
+    "the answer follows directly"
+)
+"""Instead of hints that name the option of other commands."""
 
 
 def source_of(recipe: MtpRecipe, *, offline: bool = False) -> models.ModelSource:
@@ -48,6 +56,7 @@ def run_mtp(
     """
     recipe.require_runnable()
     settings, out, ranks = recipe.settings, Path(str(recipe.out)), Ranks.world()
+    require_share(settings, ranks.size)
     check_model_folder(recipe.model.path)
     ranks.first(lambda: check_folder(out, OURS))
     source = source_of(recipe, offline=offline)
@@ -55,7 +64,9 @@ def run_mtp(
     require_plain(source)
     emit({"event": "stage", "stage": "reading the texts"})
     tokenizer = models.load_tokenizer(source)
+    require_same_training(out / CHECKPOINT, settings.identity())
     examples = examples_of(recipe, source, tokenizer)
+    require_same_training(out / CHECKPOINT, names_of(settings, examples))
     emit({"event": "stage", "stage": "load"})
     model = models.load_model(source)
     identity = {"model": models.weights_hash(model)}
@@ -64,7 +75,10 @@ def run_mtp(
     training = Training(
         predictor, examples, settings, out / CHECKPOINT, identity, told, lambda: stop.requested
     )
+    require_same_training(out / CHECKPOINT, training.names)
     ranks.first(lambda: write_atomic(out / RECIPE, dump(absolute(recipe))))
+    if not training.held_out:
+        emit({"event": "stage", "stage": NOTHING_HELD_OUT})
     emit({"event": "stage", "stage": "training the mask predictor"})
     with stop.listening():
         training.run()
@@ -107,14 +121,16 @@ def examples_of(recipe: MtpRecipe, source: models.ModelSource, tokenizer: Any) -
     """Read and tokenise the texts of a recipe.
 
     Raises:
-        UserError: they cannot be read, or hold tokens that the model does not know.
+        UserError: they cannot be read, or the tokenizer writes tokens that the model does not know.
     """
     data = recipe.data
     assert data.train is not None  # require_runnable
+    models.check_vocabulary(source, {pad_token_id(tokenizer), *tokenizer.get_vocab().values()})
     rows = load_rows(data.train, columns=data.columns, offline=source.offline)
-    template = Template.for_tokenizer(tokenizer, data.template, data.system_prompt, {})
     length = recipe.settings.max_length
-    examples = encode(rows, tokenizer, template, max_length=length, source=data.train)
-    used = {token for one in examples for token in one.input_ids}
-    models.check_vocabulary(source, used | {pad_token_id(tokenizer)})
-    return examples
+    try:
+        template = Template.for_tokenizer(tokenizer, data.template, data.system_prompt, {})
+        return encode(rows, tokenizer, template, max_length=length, source=data.train)
+    except UserError as error:
+        hint = TEMPLATE if "explicit template" in error.hint or "--template" in error.hint else ""
+        raise UserError(error.message, hint or error.hint) from error

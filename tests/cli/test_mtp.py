@@ -55,7 +55,18 @@ def test_a_predictor_is_trained_written_with_and_measured(
     results = json.loads(Path("told/results.json").read_text())
     assert list(results["domains"]) == ["born", "retain"]
     assert results["all"]["identical"] == len(results["rows"]) == 3
+    assert results["drafting"] == {
+        "layout": "quadratic", "k": 2, "masks": None, "shortlist": 256,
+    }  # fmt: skip
     assert Path("told/acceptance.svg").read_text().startswith("<svg")
+
+
+def flat(text: str) -> str:
+    return " ".join(text.split())
+
+
+def contents_of(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_the_recipe_of_a_run_repeats_it(
@@ -96,6 +107,14 @@ def test_a_stopped_training_is_saved_and_goes_on_to_the_same_bits(
     assert "`unlearn resume mtp` continues it" in stopped.err
     assert not Path("mtp/results.json").exists()
     Path("mtp/error.log").write_text("of a failure before")
+    before_it = contents_of(Path("mtp"))
+    other = train("--set", "rank=4", "--set", "lr=0.5")
+    assert other.code == 2
+    assert "interrupted training with rank=3, not 4, lr=0.0002, not 0.5" in flat(other.err)
+    assert "`unlearn resume mtp` goes on with it" in flat(other.err)
+    more = train(data="retain.jsonl")
+    assert "interrupted training with other texts" in flat(more.err)
+    assert contents_of(Path("mtp")) == before_it
     here = Path.cwd()
     if again == "resume":
         monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
@@ -152,6 +171,12 @@ def test_the_papers_choices_are_a_preset() -> None:
         (("--set", "kk=3", "--set", "lr=-1"), "unknown setting 'mtp.kk'; did you mean 'k'?"),
         (("--set", "kk=3", "--set", "lr=-1"), "mtp.lr is -1"),
         (("--set", "lr"), "write KEY=VALUE"),
+        (("--set", "k=1000"), "mtp.k is 1000: Input should be less than or equal to 64"),
+        (("--set", "seed=-1"), "mtp.seed is -1"),
+        (("--set", "held_out=12"), "held_out=12 given, but there are 12 texts"),
+        (("--set", "k=60"), "but the longest text has"),
+        (("--set", "data.template=Question:"), "holds {question} 0 times"),
+        (("--nproc", 5), "5 processes share 4 sequences"),
         (("--set", "model.pth=x"), "model.pth"),
         (("--set", "targets=q_prj"), "LoRA target q_prj is not in this model"),
         (("--data", "none.jsonl"), "none.jsonl"),
@@ -198,3 +223,89 @@ def test_what_does_not_fit_is_refused(
     assert "holds a finished training" in " ".join(train().err.split())
     data = refused("run", "npo", "--data", "forget.jsonl")
     assert "--data is for method mtp alone" in data
+    nothing = flat(refused("run", "mtp", "--model", "model", "--data", "forget.jsonl:[:1]", "--out",
+                           "one", *SMALL))  # fmt: skip
+    assert "held_out=3 given, but there are 1 texts" in nothing
+    config = json.loads(Path("model/config.json").read_text())
+    Path("model/config.json").write_text(json.dumps(config | {"vocab_size": 290}))
+    assert "but 'model' knows 290 tokens" in refused("run", "mtp", "--model", "model", *again)
+
+
+def test_what_cannot_be_written_or_measured_is_refused_before_a_model_is_loaded(
+    train: Callable[..., Any], unlearn: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from unlearn import models
+
+    assert train().code == 0
+
+    def loaded(*words: Any, **more: Any) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(models, "load_model", loaded)
+    Path("long.txt").write_text("word " * 3000)
+    Path("odd.jsonl").write_text('{"ask": "Where?"}\n')
+    Path("good.txt").write_text("Where was 3 born?\n")
+    (Path("mtp") / "recipe.yaml").touch()
+    here = ("--prompt", "Where?")
+    measured = ("eval", "mtp", "mtp/model", "--prompts")
+    for words, message in [
+        (("generate", "model"), "there is nothing to ask"),
+        (("generate", "model", "--prompt", " "), "a --prompt is empty"),
+        (("generate", "model", "--prompts", "none.txt"), "none.txt"),
+        (("generate", "model", "--prompts", "odd.jsonl"), "rename the columns"),
+        (("generate", "model", "--prompts", "long.txt"), "but the context of 'model' is"),
+        (("generate", "mtp/model", "--prompts", "long.txt"), "shorten the prompt"),
+        (("generate", "model", *here, "--template", "Question"), "holds {question} 0 times"),
+        (("generate", "model", *here, "--layout", "linear"), "no predictor is given"),
+        (("generate", "model", *here, "--k", 1), "no predictor is given"),
+        (("generate", "mtp/model", *here, "--masks", 3), "layout quadratic has its own number"),
+        (("generate", "mtp/model", *here, "--k", 3), "k=3 given, but 2 masks"),
+        (("generate", "mtp/model", *here, "--temperature", "inf"), "temperature inf given"),
+        (("generate", "model", *here, "--temperature", "nan"), "temperature nan given"),
+        (("generate", "model", *here, "--temperature", -1), "temperature -1.0 given"),
+        (("generate", "model", *here, "--seed", -1), "--seed"),
+        (("generate", "mtp", *here), "give what it made: mtp/model"),
+        (("generate", "mtp/model", "--mtp", "mtp/model", *here), "leave --mtp out"),
+        (("generate", "model", "--mtp", "mtp", *here), "give its predictor: mtp/model"),
+        (("generate", "model", "--mtp", "no", *here), "no folder 'no'"),
+        ((*measured, "a=good.txt", "--prompts", "a=good.txt"), "are named 'a'"),
+        ((*measured, "none.txt"), "none.txt"),
+        ((*measured, "odd.jsonl"), "rename the columns"),
+        ((*measured, "good.txt", "--k", 3), "k=3 given, but 2 masks"),
+        (("eval", "mtp", "model", "--prompts", "good.txt"), "holds no mask predictor"),
+        (("recipes", "show", "mtp"), "settings are in docs/mtp.md"),
+    ]:
+        done = unlearn(*words)
+        assert done.code == 2, words
+        assert message in flat(done.err), words
+
+
+def test_a_text_that_the_context_ends_is_told(
+    train: Callable[..., Any], unlearn: Callable[..., Any]
+) -> None:
+    assert train().code == 0
+    asked = ("--prompt", "Where was 3 born?", "--max-new-tokens", 2000)
+    for words in (("model",), ("mtp/model",)):
+        done = unlearn("generate", *words, *asked)
+        assert done.code == 0, done.err
+        assert "1 of 1 texts ended where the model's context did" in flat(done.out)
+
+
+def test_a_template_is_given_as_it_stands() -> None:
+    from unlearn.recipes.mtp import load_mtp
+
+    for given in (r"Question: {question}\nAnswer: ", r'"Question: {question}\nAnswer: "'):
+        recipe = load_mtp("mtp", None, {}, [f"data.template={given}"])
+        assert recipe.data.template == "Question: {question}\nAnswer: "
+    assert load_mtp("mtp", None, {}, ["data.template=null"]).data.template is None
+
+
+def test_rows_without_a_template_are_told_how_to_give_one(
+    train: Callable[..., Any], build_tiny_tokenizer: Any
+) -> None:
+    build_tiny_tokenizer(chat=False).save_pretrained("model")
+    Path("model/chat_template.jinja").unlink(missing_ok=True)
+    done = train()
+    assert done.code == 2
+    assert r"--set 'data.template=Question: {question}\nAnswer: '" in flat(done.err)
+    assert train("--set", r"data.template=Question: {question}\nAnswer: ").code == 0

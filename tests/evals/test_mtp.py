@@ -65,3 +65,12 @@ def test_a_tie_up_to_rounding_is_counted(predictor: Any, monkeypatch: pytest.Mon
     written_instead(monkeypatch, [plain + 1, 1, 2, 3])
     told = summary(measured(predictor))["all"]
     assert (told["identical"], told["tied"]) == (0, 1)
+
+
+def test_shares_of_few_drafts_are_not_drawn() -> None:
+    """The third place was checked 4 times, which is one too few."""
+    part = {"acceptance": [0.9, 0.5, 1.0], "checked": [40, 5, 4]}
+    assert mtp.often_checked(part) == ([1, 2], [0.9, 0.5])
+    assert mtp.acceptance_plot({"domains": {"chat": part}}).title == mtp.TITLE
+    nothing = {"acceptance": [], "checked": []}
+    assert mtp.acceptance_plot({"domains": {"chat": nothing}}).svg.startswith("<svg")

@@ -60,6 +60,7 @@ def test_stopping_criteria_see_every_token(predictor: Any) -> None:
         ({"no_repeat_ngram_size": 2}, "NoRepeatNGramLogitsProcessor changes the logits"),
         ({"cache_implementation": "static"}, "a StaticCache given"),
         ({"num_return_sequences": 2, "do_sample": True}, "2 sequences given"),
+        ({"num_beams": 3}, "num_beams=3 given"),
         ({"return_dict_in_generate": True}, "dictionaries of scores"),
     ],
 )
@@ -81,3 +82,17 @@ def test_batches_padding_and_caches_in_use_are_refused(predictor: Any) -> None:
     cache = StaticCache(config=model.config, max_cache_len=30)
     with pytest.raises(UserError, match="cut back"):
         model.generate(IDS, past_key_values=cache, custom_generate=write, max_new_tokens=4, **GIVEN)
+
+
+def test_another_model_is_refused_and_the_same_weights_are_not(
+    predictor: Any, build_sharp: Any
+) -> None:
+    """A copy with equal numbers is another model: nothing tells that it stays equal."""
+    write, how = custom_generate(predictor), {"do_sample": False, "max_new_tokens": 4, **GIVEN}
+    with pytest.raises(UserError, match="not the model that the predictor sits beside"):
+        build_sharp().generate(IDS, custom_generate=write, **how)
+    shared = type(predictor.model)(predictor.model.config).double().eval()
+    for name, parameter in predictor.model.named_parameters():
+        shared.get_parameter(name).data = parameter.data
+    found = shared.generate(IDS, custom_generate=write, **how)
+    assert torch.equal(found, predictor.model.generate(IDS, **how))

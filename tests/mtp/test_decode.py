@@ -224,4 +224,42 @@ def test_what_cannot_be_written_is_refused(predictor: Any) -> None:
         decode(predictor, [], max_new_tokens=5)
     with pytest.raises(UserError, match="unknown layout"):
         decode(predictor, PROMPT, max_new_tokens=5, drafting=Drafting("cubic"))
-    assert decode(predictor, PROMPT, max_new_tokens=0).tokens == []
+    with pytest.raises(UserError, match="max_new_tokens=0 given"):
+        decode(predictor, PROMPT, max_new_tokens=0)
+    with pytest.raises(UserError, match=r"has token 97, but the model knows 97 tokens"):
+        decode(predictor, [5, 97], max_new_tokens=5)
+    with pytest.raises(UserError, match="has token -1"):
+        decode(predictor, [-1], max_new_tokens=5)
+    with pytest.raises(UserError, match=r"context is 256 .shorten the prompt"):
+        decode(predictor, [1] * 600, max_new_tokens=5)
+    with pytest.raises(UserError, match="set max_new_tokens to 6 or less"):
+        decode(predictor, [1] * 250, max_new_tokens=7)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"layout": "cubic", "k": 1}, "unknown layout 'cubic'"),
+        ({"layout": "linear", "k": 0}, "k=0 given"),
+        ({"layout": "budget", "masks": 0}, "masks=0 given"),
+        ({"shortlist": 0}, "shortlist=0 given"),
+        ({"layout": "linear", "masks": 3}, "layout linear has its own number"),
+    ],
+)
+def test_drafts_that_no_layout_makes_are_refused(given: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Drafting(**given)
+
+
+def test_the_settings_of_drafts_are_told_as_they_are_used() -> None:
+    """Nothing given: all 3 masks that were trained; a budget is twice the drafts."""
+    assert Drafting().used(3) == {
+        "layout": "quadratic", "k": 3, "masks": None, "shortlist": 256,
+    }  # fmt: skip
+    assert Drafting("budget", k=2).used(3)["masks"] == 4
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_temperature_without_a_distribution_is_refused(temperature: float) -> None:
+    with pytest.raises(UserError, match=r"temperature .* given"):
+        Sampled(temperature)

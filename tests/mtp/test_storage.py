@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from unlearn.errors import UserError
+from unlearn.errors import RunFailed, UserError
 from unlearn.kinds import base_of, require_plain
 from unlearn.models import ModelSource, check_source, load_model
 from unlearn.mtp.layout import step_layout
@@ -154,3 +154,66 @@ def test_damaged_folders_are_refused(stored: Any) -> None:
     (folder / "mtp_config.json").unlink()
     with pytest.raises(UserError, match=r"no mtp_config\.json: it holds no mask predictor"):
         load_predictor(folder)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("file", ["mtp.safetensors", "adapter_model.safetensors"])
+def test_what_is_not_finite_is_refused(stored: Any, file: str, value: float) -> None:
+    folder, _ = stored
+    tensors = load_file(folder / file)
+    name = sorted(tensors)[-1]
+    tensors[name].view(-1)[0] = value
+    save_file(tensors, folder / file)
+    with pytest.raises(UserError) as refused:
+        load_predictor(folder)
+    assert f"{folder / file}' has NaN or infinity" in refused.value.message
+    assert f"{name} is not finite" in refused.value.message
+
+
+def test_a_spoiled_predictor_is_not_saved(stored: Any, tiny_tokenizer: Any) -> None:
+    folder, predictor = stored
+    predictor.masks.data[0, 0] = float("nan")
+    with pytest.raises(RunFailed, match="mask_embeddings is not finite"):
+        save_predictor(predictor, folder.parent / "new", ModelSource("base"), tiny_tokenizer)
+    assert not (folder.parent / "new").exists()
+
+
+def test_damage_is_told_in_words(stored: Any) -> None:
+    folder, _ = stored
+    path = folder / "mtp_config.json"
+    config = json.loads(path.read_text())
+    for content, message in [
+        ("{", "it is not JSON from line 1, column 2 on"),
+        ("[]", "a value is of another kind than it should be"),
+        (json.dumps({**config, "shape": {"k": "x"}}), "shape.k is 'x'"),
+        (json.dumps({**config, "base_model": 5}), r"base_model is a number \(5\)"),
+        (json.dumps({key: config[key] for key in config if key != "layers"}), "has no 'layers'"),
+    ]:
+        path.write_text(content)
+        with pytest.raises(UserError, match=message) as refused:
+            load_predictor(folder)
+        assert "Error(" not in refused.value.message
+
+
+def test_the_folder_that_is_meant_is_named(stored: Any) -> None:
+    folder, _ = stored
+    run = folder.parent / "run"
+    run.mkdir()
+    folder.rename(run / "model")
+    with pytest.raises(UserError, match="is the folder of a run") as refused:
+        load_predictor(run)
+    assert refused.value.hint == f"give its predictor: {run / 'model'}"
+    with pytest.raises(UserError, match="no folder"):
+        load_predictor(folder.parent / "nowhere")
+
+
+def test_another_base_that_was_given_is_not_to_be_written_down(
+    stored: Any, build_tiny_model: Any, tiny_tokenizer: Any
+) -> None:
+    folder, _ = stored
+    other = folder.parent / "other"
+    build_tiny_model(seed=1).save_pretrained(other)
+    tiny_tokenizer.save_pretrained(other)
+    with pytest.raises(UserError) as refused:
+        load_predictor(folder, ModelSource(str(other)))
+    assert refused.value.hint == f"give the model it was made from: {folder.parent / 'base'}"

@@ -15,7 +15,7 @@ from unlearn.errors import RunFailed, UserError
 from unlearn.mtp.decode import Drafting, decode
 from unlearn.mtp.layouts import LAYOUTS
 from unlearn.mtp.predictor import MaskPredictor
-from unlearn.mtp.settings import TrainSettings
+from unlearn.mtp.settings import TrainSettings, require_share
 from unlearn.mtp.train import Training, train_predictor
 
 PROGRAM = Path(__file__).with_name("on_ranks.py")
@@ -125,7 +125,7 @@ def test_a_learning_rate_that_breaks_the_loss_ends_the_training(tiny_model: Any)
     predictor = MaskPredictor(tiny_model, HOW.shape)
     training = Training(predictor, program().rows(), HOW)
     predictor.masks.data.fill_(math.nan)
-    with pytest.raises(RunFailed, match="not finite at step 1"):
+    with pytest.raises(RunFailed, match="the gradient of step 1 is not finite"):
         training.run()
 
 
@@ -148,3 +148,75 @@ def test_the_learning_rate_rises_and_stays() -> None:
     how = TrainSettings(steps=40, lr=1.0)
     assert [how.learning_rate(step) for step in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]
     assert replace(how, warmup_steps=0).learning_rate(0) == 1.0
+
+
+def rows_of(lengths: list[int]) -> list[Example]:
+    return [Example([5] * one, [5] * one, 0, at) for at, one in enumerate(lengths)]
+
+
+def test_nothing_is_changed_by_a_gradient_that_is_not_finite(
+    tiny_model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Step 3 has one: the run ends there, with the weights of step 2, and saves no more."""
+    predictor = MaskPredictor(tiny_model, HOW.shape)
+    training = Training(predictor, program().rows(), replace(HOW, max_grad_norm=0.0))
+    training.run(until=2)
+    before = {name: one.detach().clone() for name, one in predictor.trained().items()}
+    backward = training.learner._backward
+
+    def spoiled(*words: Any) -> Any:
+        found = backward(*words)
+        predictor.masks.grad[0, 0] = math.inf
+        return found
+
+    monkeypatch.setattr(training.learner, "_backward", spoiled)
+    with pytest.raises(RunFailed, match="the gradient of step 3 is not finite"):
+        training.run()
+    assert all(torch.equal(before[name], one) for name, one in predictor.trained().items())
+
+
+def test_weights_that_are_not_finite_are_not_kept(tiny_model: Any, tmp_path: Path) -> None:
+    predictor = MaskPredictor(tiny_model, HOW.shape)
+    training = Training(predictor, program().rows(), HOW, tmp_path / "kept.safetensors")
+    predictor.masks.data[0, 0] = math.nan
+    with pytest.raises(RunFailed, match="mask_embeddings is not finite after step 0"):
+        training.save()
+    assert not (tmp_path / "kept.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("lengths", "changes", "message"),
+    [
+        ([9] * 5, {"held_out": 5}, "held_out=5 given, but there are 5 texts"),
+        ([9], {"held_out": 1}, "leave held_out out"),
+        ([9, 129], {}, "a text has 129 tokens, but the model's context is 128"),
+        ([9, 5], {"k": 8}, "set k to 7 or less"),
+    ],
+)
+def test_texts_that_do_not_fit_are_refused(
+    lengths: list[int], changes: Any, message: str, build_tiny_model: Any
+) -> None:
+    how = replace(HOW, **({"held_out": None} | changes))
+    model = build_tiny_model(max_position_embeddings=128)
+    with pytest.raises(UserError, match=message):
+        train_predictor(model, rows_of(lengths), how)
+
+
+def test_rows_are_held_out_as_asked_or_a_tenth(tiny_model: Any) -> None:
+    for given, rows, held in [(3, 9, 3), (0, 9, 0), (None, 9, 0), (None, 40, 4), (None, 300, 16)]:
+        predictor = MaskPredictor(tiny_model, HOW.shape)
+        training = Training(predictor, rows_of([6] * rows), replace(HOW, held_out=given))
+        assert (len(training.held_out), len(training.rows)) == (held, rows - held)
+        predictor.detach()
+
+
+@pytest.mark.parametrize("k", [0, 65, 1000])
+def test_masks_without_measure_are_refused(k: int) -> None:
+    with pytest.raises(UserError, match=f"k={k} masks asked for"):
+        TrainSettings(k=k)
+
+
+def test_more_processes_than_sequences_are_refused() -> None:
+    require_share(HOW, 4)
+    with pytest.raises(UserError, match="5 processes share 4 sequences"):
+        require_share(HOW, 5)

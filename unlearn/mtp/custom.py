@@ -8,6 +8,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from unlearn.errors import UserError
+from unlearn.head import plain
 from unlearn.mtp.decode import Choose, Drafting, decode, greedy
 from unlearn.mtp.predictor import MaskPredictor
 
@@ -35,7 +36,8 @@ def custom_generate(
     any stopping criteria. The text, or its distribution, is that of plain ``generate``.
 
     Raises (when called):
-        UserError: several prompts, penalties that depend on the text, a cache that is in use.
+        UserError: another model than the predictor's, several prompts, penalties that depend on
+            the text, a cache that is in use.
     """
     drafting = drafting or Drafting()
 
@@ -47,6 +49,7 @@ def custom_generate(
         generation_config: Any = None,
         **given: Any,
     ) -> Tensor:
+        _require_own(model, predictor)
         _check_call(input_ids, logits_processor or (), generation_config, given)
         prompt = input_ids[0].tolist()
         most = generation_config.max_length - len(prompt)
@@ -79,12 +82,34 @@ def _choice(input_ids: Tensor, warpers: Any, *, sample: bool) -> Choose:
     return draw
 
 
+def _require_own(model: Any, predictor: MaskPredictor) -> None:
+    """Refuse a model whose weights are not, in memory, those that the predictor sits beside.
+
+    Raises:
+        UserError: as said.
+    """
+    own = plain(model)
+    if own is predictor.model:
+        return
+    places = [{name: one.data_ptr() for name, one in each.named_parameters()}
+              for each in (own, predictor.model)]  # fmt: skip
+    if places[0] != places[1]:
+        raise UserError(
+            "this is not the model that the predictor sits beside, whose text would be written",
+            "call predictor.model.generate(…), or load_predictor(folder, base, model=this one)",
+        )
+
+
 def _check_call(input_ids: Tensor, processors: Any, generation: Any, given: Any) -> None:
     """Refuse what would not be exact, or is not done.
 
     Raises:
         UserError: as said.
     """
+    if (generation.num_beams or 1) > 1:
+        raise UserError(
+            f"num_beams={generation.num_beams} given; beams are not made", "leave num_beams out"
+        )
     if len(input_ids) != 1 or generation.num_return_sequences not in (None, 1):
         raise UserError(
             f"{len(input_ids)} sequences given; drafts are made for one at a time",
@@ -105,8 +130,9 @@ def _check_call(input_ids: Tensor, processors: Any, generation: Any, given: Any)
     mask = given.get("attention_mask")
     if mask is not None and not bool(mask.all()):
         raise UserError("a padded prompt given", "give the prompt without padding")
-    if generation.return_dict_in_generate or (generation.num_beams or 1) > 1:
-        raise UserError("beams and dictionaries of scores are not made", "leave them out")
+    if generation.return_dict_in_generate:
+        message = "dictionaries of scores are not made"
+        raise UserError(message, "leave return_dict_in_generate out")
     more = sorted(key for key, value in given.items() if key not in UNTOUCHED and value is not None)
     if more:
         raise UserError(f"{', '.join(more)} given, which drafts do not know", "leave it out")

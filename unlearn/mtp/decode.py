@@ -6,6 +6,7 @@ it is the token that the base chooses after the tokens before it: its likeliest 
 from its distribution. So the text, or its distribution, is that of the base for any drafts at all.
 """
 
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -16,11 +17,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import pad
 
-from unlearn.errors import UserError
+from unlearn.errors import UserError, unknown
 from unlearn.mtp.cache import preallocated
 from unlearn.mtp.layout import Block, block_rows, step_layout
-from unlearn.mtp.layouts import Layout, layout_named
-from unlearn.mtp.predictor import MaskPredictor
+from unlearn.mtp.layouts import LAYOUTS, Layout, layout_named
+from unlearn.mtp.predictor import MaskPredictor, context_of
 
 Choose = Callable[[Tensor], Tensor]
 """Logits [row vocab] to the base's token of each row."""
@@ -67,6 +68,17 @@ class Sampled:
     temperature: float
     generator: torch.Generator | None = None
 
+    def __post_init__(self) -> None:
+        """Refuse a temperature that gives no distribution.
+
+        Raises:
+            UserError: as said.
+        """
+        if not (0 < self.temperature < math.inf):
+            raise UserError(
+                f"temperature {self.temperature} given", "give a number above 0; 0 is greedy"
+            )
+
     def __call__(self, logits: Float[Tensor, "row vocab"]) -> Int[Tensor, " row"]:
         chances = (logits / self.temperature).softmax(-1)
         return torch.multinomial(chances, 1, generator=self.generator)[:, 0]
@@ -84,6 +96,24 @@ class Drafting:
     masks: int | None = None
     shortlist: int | None = SHORTLIST
 
+    def __post_init__(self) -> None:
+        """Refuse what no layout knows.
+
+        Raises:
+            UserError: an unknown layout, a number below 1, or masks where no budget is.
+        """
+        if self.layout not in LAYOUTS:
+            raise unknown("layout", self.layout, LAYOUTS)
+        for name in ("k", "masks", "shortlist"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name}={value} given", "give 1 or more, or leave it out")
+        if self.masks is not None and self.layout != "budget":
+            raise UserError(
+                f"masks={self.masks} given, but layout {self.layout} has its own number",
+                "choose layout budget, or leave masks out",
+            )
+
     def made(self, trained: int) -> Layout:
         """Make the layout for a predictor of ``trained`` masks.
 
@@ -96,6 +126,12 @@ class Drafting:
                 f"k={k} given, but {trained} masks were trained", f"give 1 to {trained}"
             )
         return layout_named(self.layout, k, self.masks)
+
+    def used(self, trained: int) -> dict[str, Any]:
+        """Give the settings as a predictor of ``trained`` masks uses them."""
+        k = self.k or trained
+        masks = (self.masks or 2 * k) if self.layout == "budget" else None
+        return {"layout": self.layout, "k": k, "masks": masks, "shortlist": self.shortlist}
 
 
 @torch.inference_mode()
@@ -115,10 +151,10 @@ def decode(
     ``max_new_tokens``. ``choose`` decides every token from the base's logits.
 
     Raises:
-        UserError: the prompt is empty, or ``drafting`` asks for what was not trained.
+        UserError: the prompt is empty, has tokens that the model does not know, or leaves no room
+            for the text in the model's context; ``drafting`` asks for what was not trained.
     """
-    if not prompt:
-        raise UserError("the prompt is empty", "give at least one token")
+    _check_prompt(predictor, prompt, max_new_tokens)
     drafting = drafting or Drafting()
     layout = drafting.made(predictor.shape.k)
     state = _State(predictor, list(prompt), max_new_tokens, drafting.shortlist)
@@ -135,6 +171,25 @@ def decode(
             if len(written.tokens) == max_new_tokens:
                 break
     return written
+
+
+def _check_prompt(predictor: MaskPredictor, prompt: Sequence[int], most: int) -> None:
+    if not prompt:
+        raise UserError("the prompt is empty", "give at least one token")
+    if most < 1:
+        raise UserError(f"max_new_tokens={most} given", "give 1 or more")
+    known = int(predictor.model.get_input_embeddings().weight.shape[0])
+    if odd := [token for token in prompt if not 0 <= token < known]:
+        message = f"the prompt has token {odd[0]}, but the model knows {known} tokens, from 0 on"
+        raise UserError(message, "tokenise it with the model's own tokenizer")
+    context = context_of(predictor.model)
+    if len(prompt) + most > context:
+        room = context - len(prompt)
+        raise UserError(
+            f"a prompt of {len(prompt)} tokens and {most} new ones, but the model's context is "
+            f"{context}",
+            f"set max_new_tokens to {room} or less" if room > 0 else "shorten the prompt",
+        )
 
 
 class _State:
@@ -186,9 +241,3 @@ class _State:
         embedded = torch.cat([self.predictor.embed(ids), self.masks[which]])
         with self.predictor.gate.open(len(which)):
             return self.predictor.read(embedded, offsets + past, visible, self.cache)
-
-
-def room_for(model: Any, prompt: int, wanted: int) -> int:
-    """Give the tokens that may follow a prompt: those wanted, up to the model's last position."""
-    most = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 10**9
-    return max(0, min(wanted, int(most) - prompt))

@@ -1,5 +1,6 @@
 """A mask predictor that learns: one optimiser step at a time, on one rank or several."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 from unlearn.data.encode import Example
+from unlearn.errors import RunFailed
 from unlearn.mtp.layout import Blocks, draw_anchors
 from unlearn.mtp.passes import Sums, learnt, losses_of, read_text, recomputing
 from unlearn.mtp.predictor import MaskPredictor
@@ -61,6 +63,9 @@ class Learner:
 
         Examples come with their places, from which anchors are drawn: so neither the number of
         ranks nor a stop changes them.
+
+        Raises:
+            RunFailed: the gradient is not finite; nothing was changed by it.
         """
         rows = [self._row(place, example) for place, example in examples]
         masks, sampled = _counts(rows)
@@ -71,7 +76,11 @@ class Learner:
         sums = self._none()
         for row in rows[self.ranks.rank :: self.ranks.size]:
             sums += self._backward(row, masks, sampled)
-        self._move()
+        norm = self._gather()
+        if not math.isfinite(norm):  # alike on every rank: the sum is
+            message = f"the gradient of step {self.step + 1} is not finite"
+            raise RunFailed(message, "lower lr, or load the model in float32: model.dtype=float32")
+        self.optimiser.step()
         self.step += 1
         return self._told(sums, masks, sampled)
 
@@ -118,15 +127,14 @@ class Learner:
         return _stacked(sums)
 
     @torch.no_grad()
-    def _move(self) -> None:
-        """Add the gradients of all ranks, limit their norm, take the step."""
+    def _gather(self) -> float:
+        """Add the gradients of all ranks and limit their norm; give it as it was before."""
         for parameter in self.parameters.values():
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             parameter.grad.copy_(self.ranks.add(parameter.grad))
-        if self.settings.max_grad_norm:
-            torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.settings.max_grad_norm)
-        self.optimiser.step()
+        most = self.settings.max_grad_norm or math.inf
+        return float(torch.nn.utils.clip_grad_norm_(self.parameters.values(), most))
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Give all that the next steps depend on: tensors, and plain values."""

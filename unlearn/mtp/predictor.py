@@ -207,6 +207,12 @@ def _agree(ours: Tensor, theirs: Tensor, model: Any) -> bool:
     return float((ours - theirs).std()) < COARSE_NOISE * float(theirs.float().std())
 
 
+def context_of(model: Any) -> int:
+    """Give the most tokens, prompt included, that a model knows places for."""
+    config = plain(model).config.get_text_config()
+    return int(getattr(config, "max_position_embeddings", None) or 10**9)
+
+
 @contextmanager
 def frozen_model(model: Any) -> Iterator[None]:
     """Let no parameter of a model have a gradient inside the block."""

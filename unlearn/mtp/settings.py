@@ -11,6 +11,8 @@ from unlearn.errors import UserError
 SamplerKind = Literal["residual", "paper", "none"]
 Labels = Literal["data", "self", "soft"]
 Count = Annotated[int, Field(ge=0)]
+MOST_MASKS = 64
+"""A step of layout quadratic reads (k + 1)^2 tokens."""
 
 
 @dataclass(frozen=True)
@@ -21,11 +23,20 @@ class Shape:
     decoder, comma-separated, or ``all-linear``. ``sampler``: see :mod:`unlearn.mtp.sampler`.
     """
 
-    k: PositiveInt = 8
+    k: Annotated[int, Field(ge=1, le=MOST_MASKS)] = 8
     rank: PositiveInt = 128
     alpha: PositiveFloat | None = None
     targets: str = "all-linear"
     sampler: SamplerKind = "residual"
+
+    def __post_init__(self) -> None:
+        """Refuse more masks than could be of use.
+
+        Raises:
+            UserError: as said.
+        """
+        if not 1 <= self.k <= MOST_MASKS:
+            raise UserError(f"k={self.k} masks asked for", f"give 1 to {MOST_MASKS}")
 
     @property
     def scale(self) -> float:
@@ -56,7 +67,8 @@ class TrainSettings(Shape):
     drawn anew each time. ``train_mask_embeddings``: else they stay as drawn.
 
     ``batch``: sequences per step over all processes. The learning rate rises for ``warmup_steps``,
-    at most a tenth of all, and stays. ``held_out``: rows kept to measure on.
+    at most a tenth of all, and stays. ``held_out``: rows kept to measure on; None keeps 16, at most
+    a tenth of all.
     """
 
     labels: Labels = "data"
@@ -76,12 +88,13 @@ class TrainSettings(Shape):
     max_grad_norm: NonNegativeFloat = 1.0
     gradient_checkpointing: bool = False
     max_length: Annotated[int, Field(ge=2)] = 512
-    held_out: Count = 16
+    held_out: Count | None = None
     save_steps: PositiveInt = 500
-    seed: int = 0
+    seed: Count = 0
 
     def __post_init__(self) -> None:
         """Refuse settings under which nothing, or no used part, would be trained."""
+        super().__post_init__()
         if self.sampler == "none" and self.sampler_on_ntp:
             raise UserError("sampler_on_ntp given without a sampler", "choose residual or paper")
         weights = self.base_weight, self.lcm_weight, self.sampler_weight * (self.sampler != "none")
@@ -102,6 +115,20 @@ class TrainSettings(Shape):
         """Give all that the trained weights depend on; how they are computed and saved is not."""
         left_out = ("save_steps", "gradient_checkpointing")
         return {key: value for key, value in asdict(self).items() if key not in left_out}
+
+
+def require_share(settings: TrainSettings, processes: int) -> None:
+    """Refuse more processes than sequences in a step: some would have nothing to do.
+
+    Raises:
+        UserError: as said.
+    """
+    if processes > settings.batch:
+        raise UserError(
+            f"{processes} processes share {settings.batch} sequences of a step, which are not "
+            "split",
+            f"raise batch, or start at most {settings.batch} processes",
+        )
 
 
 PAPER: dict[str, Any] = {

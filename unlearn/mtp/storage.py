@@ -6,18 +6,22 @@ gate. ``mtp_config.json`` names the base by hashes, ``mtp.safetensors`` holds ma
 sampler head. As a model folder of ours it is its base: nothing beside drafts depends on it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
+from json import JSONDecodeError
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter
+import torch
+from pydantic import TypeAdapter, ValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from unlearn import models
 from unlearn.bases import Base, content_of, recorded
-from unlearn.errors import UserError
+from unlearn.errors import RunFailed, UserError
+from unlearn.errors import described as described_value
 from unlearn.mtp.predictor import MaskPredictor
 from unlearn.mtp.settings import Shape
 from unlearn.runs import staged, versions, write_json
@@ -48,13 +52,45 @@ class Stored:
             UserError: it is none, is damaged, or was made by a later version.
         """
         path = Path(source.path) / CONFIG
+        if not path.parent.is_dir():
+            raise UserError(f"no folder '{source.path}'", "give the folder of a predictor")
+        if (path.parent / "model" / CONFIG).is_file():
+            message = f"'{source.path}' is the folder of a run"
+            raise UserError(message, f"give its predictor: {path.parent / 'model'}")
         if not path.is_file():
             message = f"'{source.path}' has no {CONFIG}: it holds no mask predictor"
             raise UserError(message, "train one: unlearn run mtp --model … --data … --out …")
-        with content_of(path, FORMAT) as found:
+        with _telling(path), content_of(path, FORMAT) as found:
             shape = TypeAdapter(Shape).validate_python(found["shape"])
             layers = tuple(str(name) for name in found["layers"])
+            if not isinstance(found["base_model"], str):
+                raise ValueError(f"base_model is {described_value(found['base_model'])}")
             return cls(Base.named(found, source), shape, layers, found.get("metrics") or {})
+
+
+@contextmanager
+def _telling(path: Path) -> Iterator[None]:
+    """Say in words what is wrong with a damaged file."""
+    try:
+        yield
+    except UserError as error:
+        if error.__cause__ is None:
+            raise
+        raise UserError(f"'{path}' is damaged: {_told(error.__cause__)}", error.hint) from error
+
+
+def _told(cause: BaseException) -> str:
+    if isinstance(cause, ValidationError):
+        first = cause.errors()[0]
+        where = ".".join(["shape", *map(str, first["loc"])])
+        return f"{where} is {first['input']!r}: {first['msg']}"
+    if isinstance(cause, KeyError):
+        return f"it has no '{cause.args[0]}'"
+    if isinstance(cause, JSONDecodeError):
+        return f"it is not JSON from line {cause.lineno}, column {cause.colno} on"
+    if isinstance(cause, TypeError):
+        return "a value is of another kind than it should be"
+    return str(cause)
 
 
 def base_of(source: models.ModelSource) -> models.ModelSource:
@@ -104,7 +140,7 @@ def load_predictor(
     ``model`` is that base, when it is loaded already.
 
     Raises:
-        UserError: no predictor, damaged, of another base, or of other sizes.
+        UserError: no predictor, damaged, of another base, of other sizes, or with NaN in it.
     """
     source = replace(base or models.ModelSource("."), path=str(folder), revision=None)
     found = Stored.read(source)
@@ -112,7 +148,7 @@ def load_predictor(
         found = replace(found, base=replace(found.base, source=base))
     else:
         check(source)
-    found.base.require_same(str(folder), CONFIG)
+    _require_base(found.base, folder)
     loaded = models.load_model(found.base.source, device=device) if model is None else model
     predictor = MaskPredictor(loaded, found.shape)
     fill(predictor, _tensors(Path(folder), found), str(folder))
@@ -122,11 +158,32 @@ def load_predictor(
     return predictor
 
 
+def _require_base(base: Base, folder: Path | str) -> None:
+    """Refuse another base than the predictor's; one that was given is not to be put in its file.
+
+    Raises:
+        UserError: as said.
+    """
+    try:
+        base.require_same(str(folder), CONFIG)
+    except UserError as error:
+        made_from = Stored.read(models.ModelSource(str(folder))).base.source.path
+        if Path(made_from).absolute() == Path(base.source.path).absolute():
+            raise
+        raise UserError(error.message, f"give the model it was made from: {made_from}") from error
+
+
 def _tensors(folder: Path, found: Stored) -> dict[str, Tensor]:
     """Read all parameters, by the predictor's own names."""
     _require_files(folder)
     tensors = load_file(folder / WEIGHTS)
     adapter = load_file(folder / ADAPTER)
+    for file, content in ((WEIGHTS, tensors), (ADAPTER, adapter)):
+        if odd := not_finite(content):
+            raise UserError(
+                f"'{folder / file}' has NaN or infinity in it: {odd} is not finite",
+                "copy the folder again, or train again with a smaller lr",
+            )
     for layer in found.layers:
         for part in ("A", "B"):
             name = _adapter_name(layer, part)
@@ -134,6 +191,11 @@ def _tensors(folder: Path, found: Stored) -> dict[str, Tensor]:
                 raise UserError(f"'{folder / ADAPTER}' has no {name}", "copy the folder again")
             tensors[f"lora_{part}.{layer}"] = adapter[name]
     return tensors
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """Name the first tensor that holds NaN or infinity; None where none does."""
+    return next((name for name, one in tensors.items() if not torch.isfinite(one).all()), None)
 
 
 def fill(predictor: MaskPredictor, tensors: Mapping[str, Tensor], folder: str) -> None:
@@ -167,7 +229,13 @@ def save_predictor(
     *,
     about: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write the folder of a predictor whose base was loaded from ``base``, completely or not."""
+    """Write the folder of a predictor whose base was loaded from ``base``, completely or not.
+
+    Raises:
+        RunFailed: the predictor holds NaN or infinity.
+    """
+    if odd := not_finite(predictor.trained()):
+        raise RunFailed(f"the predictor is spoiled: {odd} is not finite", "train with a smaller lr")
     layers = sorted(predictor.lora.products)
     content = {
         "format": FORMAT,

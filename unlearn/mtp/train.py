@@ -15,11 +15,15 @@ from unlearn.errors import Interrupted, RunFailed, UserError
 from unlearn.kept import Kept
 from unlearn.mtp.layout import eligible
 from unlearn.mtp.learner import Learner, Told
-from unlearn.mtp.predictor import MaskPredictor, frozen_model
-from unlearn.mtp.settings import TrainSettings
+from unlearn.mtp.predictor import MaskPredictor, context_of, frozen_model
+from unlearn.mtp.settings import TrainSettings, require_share
 from unlearn.ranks import Ranks
+from unlearn.runs import open_tensors
 
 Emit = Callable[[dict[str, Any]], None]
+FORM, WHAT = "unlearn-mtp-training-1", "training of a mask predictor"
+HELD_OUT = 16
+"""Rows kept to measure on where the settings do not say, at most a tenth of all."""
 
 
 @dataclass(frozen=True)
@@ -49,11 +53,14 @@ class Training:
         """Leave out sequences too short for a mask, and keep some back.
 
         Raises:
-            UserError: none is left.
+            UserError: none is left, or they do not fit the settings or the model.
         """
         self.ranks = Ranks.world()
+        require_share(self.settings, self.ranks.size)
         usable = [place for place, one in enumerate(self.examples) if _is_long_enough(one)]
-        held = min(self.settings.held_out, len(usable) // 10)
+        if usable:
+            _require_fit(self.predictor, [self.examples[place] for place in usable])
+        held = _held_out(self.settings, len(usable))
         order = _order(len(usable), self.settings.seed, -1)
         self.held_out = [usable[place] for place in sorted(order[:held])]
         self.rows = [usable[place] for place in sorted(order[held:])]
@@ -63,12 +70,7 @@ class Training:
                 "give longer texts",
             )
         self.learner = Learner(self.predictor, self.settings, self.ranks)
-        digest = hashlib.sha256(json.dumps([one.hashed() for one in self.examples]).encode())
-        self.names = {
-            **self.settings.identity(),
-            "rows": digest.hexdigest(),
-            **(self.identity or {}),
-        }
+        self.names = names_of(self.settings, self.examples) | dict(self.identity or {})
 
     def run(self, *, until: int | None = None) -> Told:
         """Train from the last checkpoint to the end; ``until`` stops early, after that step.
@@ -90,6 +92,7 @@ class Training:
                     self.save()
                 if stopping:
                     raise Interrupted(f"stopped on request after step {step}")
+        self._require_sound()
         return told
 
     def measure(self) -> dict[str, float]:
@@ -119,9 +122,16 @@ class Training:
         """Write all that the next steps depend on."""
         if self.checkpoint is None:
             return
+        self._require_sound()
         tensors, about = self.learner.state()
         kept = _kept(self.checkpoint)
         self.ranks.first(lambda: kept.write(tensors, about, self.names))
+
+    def _require_sound(self) -> None:
+        for name, one in self.predictor.trained().items():
+            if not torch.isfinite(one).all():
+                where = f"after step {self.learner.step}"
+                raise RunFailed(f"{name} is not finite {where}", "lower lr")
 
     def _resume(self) -> None:
         found = self.checkpoint and _kept(self.checkpoint).read(self.names)
@@ -134,6 +144,73 @@ class Training:
         if found:
             self.learner.load(*found)
             self.emit({"event": "resumed", "step": self.learner.step})
+
+
+def names_of(settings: TrainSettings, examples: Sequence[Example]) -> dict[str, Any]:
+    """Give all that a training on such rows depends on, but the model."""
+    digest = hashlib.sha256(json.dumps([one.hashed() for one in examples]).encode())
+    return {**settings.identity(), "rows": digest.hexdigest()}
+
+
+def require_same_training(checkpoint: Path, names: Mapping[str, Any]) -> None:
+    """Refuse to go on from the checkpoint of a training with others of these names; writes nothing.
+
+    Raises:
+        UserError: says what differs.
+    """
+    if not checkpoint.is_file():
+        return
+    folder = checkpoint.parent
+    how = f"`unlearn resume {folder}` goes on with it; for this one choose another --out"
+    with open_tensors(checkpoint, FORM, WHAT, "choose another --out") as (_, about):
+        stored = json.loads(about["identity"])
+    told = [_other(key, stored.get(key), ours) for key, ours in names.items()
+            if stored.get(key) != ours]  # fmt: skip
+    if told:
+        raise UserError(f"'{folder}' holds an interrupted training with {', '.join(told)}", how)
+
+
+def _other(key: str, theirs: Any, ours: Any) -> str:
+    named = {"rows": "other texts", "model": "another model"}
+    return named.get(key, f"{key}={theirs}, not {ours}")
+
+
+def _held_out(settings: TrainSettings, rows: int) -> int:
+    """Give how many of the rows are kept to measure on.
+
+    Raises:
+        UserError: all of them.
+    """
+    if settings.held_out is None:
+        return min(HELD_OUT, rows // 10)
+    if rows and settings.held_out >= rows:
+        most = f"give held_out={rows - 1} or less" if rows > 1 else "leave held_out out"
+        raise UserError(
+            f"held_out={settings.held_out} given, but there are {rows} texts to learn from, of "
+            "which one at least is trained on",
+            f"{most}, or more texts",
+        )
+    return settings.held_out
+
+
+def _require_fit(predictor: MaskPredictor, examples: Sequence[Example]) -> None:
+    """Refuse texts beyond the model's last position, and masks beyond all texts.
+
+    Raises:
+        UserError: as said.
+    """
+    longest, most = max(len(one.input_ids) for one in examples), context_of(predictor.model)
+    if longest > most:
+        raise UserError(
+            f"a text has {longest} tokens, but the model's context is {most}",
+            f"set max_length to {most} or less",
+        )
+    if predictor.shape.k > longest - 2:
+        raise UserError(
+            f"k={predictor.shape.k} masks, but the longest text has {longest} tokens: after the "
+            f"first and its next, {longest - 2} are left to foretell",
+            f"set k to {longest - 2} or less, or give longer texts",
+        )
 
 
 def train_predictor(
@@ -171,4 +248,4 @@ def _order(number: int, seed: int, epoch: int) -> list[int]:
 
 
 def _kept(path: Path) -> Kept:
-    return Kept(path, "unlearn-mtp-training-1", "training of a mask predictor")
+    return Kept(path, FORM, WHAT)
