@@ -326,7 +326,7 @@ def test_pairs_and_texts_reach_every_cell(chats, unlearn):
 
 def test_post_training_is_shown_by_what_it_changes(chats, unlearn):
     """A table over seeds, each value the mean of two runs' own; no word of a leaderboard."""
-    given = ("--model", "model", "--pairs", "pairs.jsonl", "--text", "retain.jsonl", "--out", "all")
+    given = ("--model", "model", "--pairs", "pairs.jsonl", "--out", "all")
     more = settings("first=null", "data.heldout=forget.jsonl")
     outcome = unlearn("sweep", "redi", *given, *RATES, *more, "--markdown", "t.md",
                       "--curve", "training.learning_rate", "--json")  # fmt: skip
@@ -335,7 +335,7 @@ def test_post_training_is_shown_by_what_it_changes(chats, unlearn):
     shown = [column["metric"] for column in content["table"]["columns"]]
     assert shown == [
         "heldout_loss", "pairs_accuracy", "pairs_margin", "chosen_logp", "rejected_logp",
-        "text_loss", "seconds",
+        "seconds",
     ]  # fmt: skip
     first = content["table"]["rows"][0]
     runs = [json.loads(Path(f"all/{name}/results.json").read_text()) for name in first["runs"]]
