@@ -177,15 +177,13 @@ def _check(
 ) -> None:
     """Refuse what is wrong at first sight, before the slow imports."""
     from unlearn.errors import UserError
+    from unlearn.evals.reasoning.options import check_writer
     from unlearn.recipes.inputs import check_model_folder
 
     if (endpoint is None) != (endpoint_model is None):
         missing = "--endpoint-model NAME" if endpoint else "--endpoint URL"
         raise UserError("one of --endpoint and --endpoint-model is missing", f"give {missing}")
-    if endpoint and offline:
-        raise UserError("--offline and --endpoint were given", "an endpoint is a connection")
-    if model is None and endpoint is None:
-        raise UserError("no model was given", "give --model, or --endpoint for a server")
+    check_writer(model=model is not None, endpoint=endpoint is not None, offline=offline)
     if model is not None:
         check_model_folder(model)
     go_offline(offline)

@@ -19,15 +19,14 @@ where a stream has more than one.
 import argparse
 import json
 import statistics
-import time
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
+from on_device import begin_peak, now, peak
 from random_llama import random_llama
 from torch import Tensor
-from turns import forget_peak, resident
 
 from unlearn.scores import Scorer
 
@@ -80,30 +79,12 @@ def _rows(options: argparse.Namespace, device: str) -> dict[str, Tensor]:
 def _pass(model: Any, scorer: Scorer, rows: Mapping[str, Tensor]) -> dict[str, float]:
     """Go there and back; give seconds, loss and the peak beyond what was held before."""
     model.zero_grad()
-    held, begun = _begin(), _now()
+    held, begun = begin_peak(), now()
     scores = scorer(model, rows)
     loss = -scores.log_probs.sum() / scores.mask.sum()
     loss.backward()
-    seconds = _now() - begun
-    return {"seconds": seconds, "loss": float(loss.detach()), "bytes": _peak() - held}
-
-
-def _begin() -> int:
-    if not torch.cuda.is_available():
-        forget_peak()
-        return resident()
-    torch.cuda.reset_peak_memory_stats()
-    return torch.cuda.memory_allocated()
-
-
-def _peak() -> int:
-    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resident("VmHWM")
-
-
-def _now() -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
+    seconds = now() - begun
+    return {"seconds": seconds, "loss": float(loss.detach()), "bytes": peak() - held}
 
 
 def _name(device: str) -> str:

@@ -38,15 +38,15 @@ import random
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from on_device import begin_peak, now, peak
 from random_llama import random_llama
 from transformers import PreTrainedTokenizerFast, TrainerCallback, TrainingArguments
-from turns import EXACT, forget_peak, in_turn, resident, said, tell, worker
+from turns import EXACT, in_turn, resident, said, tell, worker
 
 from unlearn import reference
 from unlearn.data import Template, encode
@@ -189,27 +189,16 @@ class _InTurn(TrainerCallback):
         self._begin()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
-        seconds = _now() - self.begun
+        seconds = now() - self.begun
         tell({"seconds": seconds, "loss": self.loss, "peak": self._peak()})
         self._begin()
 
     def _begin(self) -> None:
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
-        else:
-            forget_peak()
-        self.begun = _now()
+        begin_peak()
+        self.begun = now()
 
     def _peak(self) -> int:
-        if torch.cuda.is_available():
-            return torch.cuda.max_memory_allocated()
-        return resident("VmHWM") - self.before
-
-
-def _now() -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
+        return peak() - (0 if torch.cuda.is_available() else self.before)
 
 
 def _work(options: argparse.Namespace, method: str, side: str) -> None:

@@ -12,6 +12,18 @@ INSTRUCTION = r"Please reason step by step, and put your final answer within \bo
 """Published with DeepSeek-R1 (arXiv:2501.12948) and Qwen2.5-Math (arXiv:2409.12122)."""
 
 
+def check_writer(*, model: bool, endpoint: bool, offline: bool) -> None:
+    """Refuse to measure nobody, or a server that may not be asked.
+
+    Raises:
+        UserError: as said.
+    """
+    if not model and not endpoint:
+        raise UserError("no model was given", "give --model, or --endpoint for a server")
+    if endpoint and offline:
+        raise UserError("--offline and --endpoint were given", "an endpoint is a connection")
+
+
 @dataclass(frozen=True)
 class MathOptions:
     """Settings of the benchmark; the defaults are REDI's evaluation, but for the length.

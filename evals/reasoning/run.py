@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from unlearn import models
-from unlearn.errors import UserError
 from unlearn.evals.benchmark import Result, as_results, told
 from unlearn.evals.reasoning.benchmark import VERSION, MathProblems
 from unlearn.evals.reasoning.completions import (
@@ -22,7 +21,7 @@ from unlearn.evals.reasoning.completions import (
     to_traces,
 )
 from unlearn.evals.reasoning.endpoint import Endpoint
-from unlearn.evals.reasoning.options import MathOptions
+from unlearn.evals.reasoning.options import MathOptions, check_writer
 from unlearn.evals.reasoning.problems import (
     Prompt,
     chat_prompts,
@@ -73,13 +72,9 @@ class MathRequest:
             UserError: says what, and what to do.
         """
         self.options.check()
-        if self.model is None and self.endpoint is None:
-            raise UserError("no model was given", "give --model, or --endpoint for a server")
-        if self.endpoint is None:
-            return
-        if self.offline:
-            raise UserError("--offline and --endpoint were given", "an endpoint is a connection")
-        if self.model is None:
+        model, endpoint = self.model is not None, self.endpoint is not None
+        check_writer(model=model, endpoint=endpoint, offline=self.offline)
+        if not model:
             self.options.check_untokenized()
 
 

@@ -17,6 +17,7 @@ from unlearn.mtp.layout import eligible
 from unlearn.mtp.learner import Learner, Told
 from unlearn.mtp.predictor import MaskPredictor, context_of, frozen_model
 from unlearn.mtp.settings import TrainSettings, require_share
+from unlearn.mtp.storage import not_finite
 from unlearn.ranks import Ranks
 from unlearn.runs import open_tensors
 
@@ -128,10 +129,8 @@ class Training:
         self.ranks.first(lambda: kept.write(tensors, about, self.names))
 
     def _require_sound(self) -> None:
-        for name, one in self.predictor.trained().items():
-            if not torch.isfinite(one).all():
-                where = f"after step {self.learner.step}"
-                raise RunFailed(f"{name} is not finite {where}", "lower lr")
+        if odd := not_finite(self.predictor.trained()):
+            raise RunFailed(f"{odd} is not finite after step {self.learner.step}", "lower lr")
 
     def _resume(self) -> None:
         found = self.checkpoint and _kept(self.checkpoint).read(self.names)
